@@ -1,0 +1,40 @@
+# `make demo` and `make test` set up .venv by themselves. Another interpreter: make test PYTHON=python3.12
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test export notebooks readme clean
+
+help: ## List these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
+
+$(READY): setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -e '.[dev]'
+	@touch $@
+
+demo: $(READY) ## Train a small model with RAdam; figures and records go to runs/demo
+	$(BIN)/radam-demo --out runs/demo
+
+test: $(READY) ## Run the notebooks, then the tests
+	$(BIN)/nbdev-test --n-workers 2
+	$(BIN)/pytest -q tests
+
+export: $(READY) ## Write the modules from the notebooks
+	$(BIN)/nbdev-export
+	$(BIN)/nbdev-clean
+
+notebooks: export ## Run the notebooks, keep their outputs, and write README.md
+	$(BIN)/nbdev-test --n-workers 2 --save
+	$(BIN)/nbdev-clean
+	$(BIN)/python tools/readme.py
+
+readme: $(READY) ## Write README.md from nbs/index.ipynb
+	$(BIN)/python tools/readme.py
+
+clean: ## Remove build products and caches, not .venv or runs
+	rm -rf build dist radam_fastai.egg-info .pytest_cache .hypothesis
+	find radam_fastai tests tools -name __pycache__ -prune -exec rm -rf {} +
