@@ -10,7 +10,7 @@
 # %% auto #0
 __all__ = ['reference_settings', 'RAdamFn', 'RangerFn', 'check_params', 'RAdam', 'Ranger']
 
-# %% ../nbs/04_optimizer.ipynb #af76504f
+# %% ../nbs/04_optimizer.ipynb #6f197904
 from collections import defaultdict
 from functools import partial
 from itertools import chain
@@ -24,7 +24,7 @@ from fastcore.foundation import L
 from torch import Tensor
 
 from .bucket import Buckets, fastai_keys
-from .checkpoint import check_fit, copy_like, keep_flags, read_state
+from .checkpoint import check_count, check_fit, copy_like, keep_flags, read_state
 from .functional import check_hypers, check_settings
 
 # %% ../nbs/04_optimizer.ipynb #8326908d
@@ -90,7 +90,14 @@ def zero_grad(self:RAdam):
     for pg in self.param_lists:
         for p in pg: p.grad = None
 
-# %% ../nbs/04_optimizer.ipynb #c10d0920
+# %% ../nbs/04_optimizer.ipynb #aa3d4775
+@patch
+def clear_state(self:RAdam):
+    "Forget averages and step counts, but not fastai's flags (`do_wd`, `force_train`)"
+    self._buckets.forget()
+    super(RAdam, self).clear_state()
+
+# %% ../nbs/04_optimizer.ipynb #97002011
 @patch
 def state_dict(self:RAdam) -> dict:
     "`state` (a dict per parameter) and `hypers` (a dict per group)"
@@ -107,7 +114,8 @@ def _read(self:RAdam, sd):
 @patch
 def _copy_state(self:RAdam, p, s):
     "A copy of `s` as the state of `p`"
-    copied = {k: copy_like(v, p) if k in ('grad_avg', 'sqr_avg') else int(v) if k == 'step' else v for k,v in s.items()}
+    kept = {k: v.clone() if isinstance(v, Tensor) else v for k,v in s.items() if k not in ('grad_avg', 'sqr_avg', 'step')}
+    copied = {**kept, **({'grad_avg': copy_like(s['grad_avg'], p), 'sqr_avg': copy_like(s['sqr_avg'], p), 'step': int(s['step'])} if 'step' in s else {})}
     return {**keep_flags(self.state[p]), **copied}
 
 @patch
@@ -118,6 +126,7 @@ def load_state_dict(self:RAdam,
     sd = self._read(sd)
     if 'slow_weights' in sd: raise ValueError("this is the state of a Lookahead optimizer (it has slow_weights): load it into Ranger")
     ps = [p for pg in self.param_lists for p in pg]
+    self._buckets.forget()
     self.state = defaultdict(dict, {p: self._copy_state(p, s) for p,s in zip(ps, sd['state'])})
     self.hypers = L({**old, **new} for old,new in zip(self.hypers, sd['hypers']))
 
@@ -150,15 +159,22 @@ class Ranger(RAdam):
 
     def _forget(self): self.count,self.slow_weights = 0,None
 
-# %% ../nbs/04_optimizer.ipynb #92a3e0a5
+# %% ../nbs/04_optimizer.ipynb #90aa4637
 @patch
 def step(self:Ranger, closure=None):
     "Update every parameter that has a gradient; at every `k`-th step, move the slow weights and return to them"
-    if self.slow_weights is None: self.slow_weights = [[p.detach().clone() for p in pg] for pg in self.param_lists]
-    RAdam.step(self, closure)
+    begins = self.slow_weights is None
+    if begins: self.slow_weights = [[p.detach().clone() for p in pg] for pg in self.param_lists]
+    try: RAdam.step(self, closure)
+    except Exception:
+        if begins: self.slow_weights = None # no step has been taken from these weights
+        raise
     self.count += 1
     if self.count % self.k: return
-    slow,fast = list(chain(*self.slow_weights)),[p.detach() for pg in self.param_lists for p in pg]
+    self.slow_weights = [[s.to(p.device) for s,p in zip(a, b)] for a,b in zip(self.slow_weights, self.param_lists)] # the model may have moved
+    pairs = zip(chain(*self.slow_weights), chain(*self.param_lists))
+    if not (pairs := [(s, p.detach()) for s,p in pairs if p.requires_grad or p.grad is not None]): return
+    slow,fast = map(list, zip(*pairs))
     torch._foreach_lerp_(slow, fast, self.alpha)
     torch._foreach_copy_(fast, slow)
 
@@ -168,7 +184,7 @@ def clear_state(self:Ranger):
     super(Ranger, self).clear_state()
     self._forget()
 
-# %% ../nbs/04_optimizer.ipynb #8b207cb2
+# %% ../nbs/04_optimizer.ipynb #d4efa457
 @patch
 def state_dict(self:Ranger) -> dict:
     "The state of `RAdam` with `count` (steps so far) and `slow_weights` (a list per group, or `None` before the first step)"
@@ -183,8 +199,9 @@ def load_state_dict(self:Ranger,
         raise ValueError("not the state of a Lookahead optimizer: it has no count and slow_weights")
     inner = {k: v for k,v in sd.items() if k not in ('count', 'slow_weights')}
     self._read(inner)
+    check_count(sd['count'], 'count')
     slow = sd['slow_weights']
-    if slow is not None and [[o.shape for o in pg] for pg in slow] != [[p.shape for p in pg] for pg in self.param_lists]:
+    if slow is not None and [[getattr(o, 'shape', None) for o in pg] for pg in slow] != [[p.shape for p in pg] for pg in self.param_lists]:
         raise ValueError("the slow_weights of the checkpoint do not have the shapes of this optimizer's parameters")
     RAdam.load_state_dict(self, inner)
     self.count = int(sd['count'])

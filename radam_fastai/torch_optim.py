@@ -10,20 +10,22 @@ For training loops without fastai, and for tools that expect PyTorch's own optim
 # %% auto #0
 __all__ = ['RAdam', 'RAdamWrapper']
 
-# %% ../nbs/05_torch_optim.ipynb #55a1da0f
+# %% ../nbs/05_torch_optim.ipynb #153efc04
 from collections import defaultdict
 from itertools import count
 
+import numpy as np
 import torch
 from fastai.optimizer import OptimWrapper, set_item_pg
 from fastcore.basics import patch
+from fastcore.foundation import L
 from torch import Tensor
 
 from .bucket import Buckets, torch_keys
 from .checkpoint import check_fit, copy_like, keep_flags, read_state
 from .functional import check_hypers
 
-# %% ../nbs/05_torch_optim.ipynb #062b3e56
+# %% ../nbs/05_torch_optim.ipynb #200f3859
 class RAdam(torch.optim.Optimizer):
     "Rectified Adam (Algorithm 2 of arXiv:1908.03265) with the arguments, state and numbers of `torch.optim.RAdam`"
     def __init__(self,
@@ -40,14 +42,15 @@ class RAdam(torch.optim.Optimizer):
         differentiable:bool=False, # Not available
     ):
         if isinstance(lr, Tensor) and lr.numel() != 1: raise ValueError(f"a tensor lr must have 1 element, got {lr.numel()}")
-        if capturable or differentiable: raise ValueError(f"{'capturable' if capturable else 'differentiable'}=True is not available here (the rectifier is computed on the host): use torch.optim.RAdam")
         self._buckets = Buckets(torch_keys)
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, decoupled_weight_decay=decoupled_weight_decay,
                                       foreach=foreach, maximize=maximize, capturable=capturable, differentiable=differentiable))
 
-# %% ../nbs/05_torch_optim.ipynb #428a330e
+# %% ../nbs/05_torch_optim.ipynb #3f3c7c95
 def _hypers(group):
     "The hyper-parameters of a torch parameter `group`, in their ranges"
+    for k in ('capturable', 'differentiable'):
+        if group[k]: raise ValueError(f"{k}=True is not available here (the rectifier is computed on the host): use torch.optim.RAdam")
     mom,sqr_mom = map(float, group['betas'])
     res = dict(lr=float(group['lr']), mom=mom, sqr_mom=sqr_mom, eps=float(group['eps']), wd=float(group['weight_decay']))
     check_hypers(**res)
@@ -73,39 +76,42 @@ def step(self:RAdam, closure=None):
     for b in self._buckets([g['params'] for g in self.param_groups], self.state): b.update(**groups[b.group])
     return loss
 
-# %% ../nbs/05_torch_optim.ipynb #682c8b78
+# %% ../nbs/05_torch_optim.ipynb #70dc1a66
 @patch
 def __setstate__(self:RAdam, state):
     torch.optim.Optimizer.__setstate__(self, state)
     self._buckets = Buckets(torch_keys)
     for g in self.param_groups:
+        if 'buffer' in g: g.setdefault('decoupled_weight_decay', True) # the authors' RAdam, which knows no other decay
         for k,v in self.defaults.items(): g.setdefault(k, v)
+        g.update(capturable=False, differentiable=False) # how the checkpoint was stepped, not what is in it
 
-@patch
-def state_dict(self:RAdam) -> dict:
-    "As that of `torch.optim.RAdam`: `state` by parameter number, and `param_groups`"
-    sd = torch.optim.Optimizer.state_dict(self)
-    return {**sd, 'state': {i: {k: v.clone() if k == 'step' else v for k,v in s.items()} for i,s in sd['state'].items()}}
-
-# %% ../nbs/05_torch_optim.ipynb #14e3dfff
+# %% ../nbs/05_torch_optim.ipynb #edf938d1
 def _to_torch(sd, groups):
     "A state in fastai's layout in torch's, with the further settings of `groups`"
     names,n = {'grad_avg': 'exp_avg', 'sqr_avg': 'exp_avg_sq'},count()
-    hypers = [{**g, **h, 'params': [next(n) for _ in g['params']]} for g,h in zip(groups, sd['hypers'])]
+    hypers = [{**_hypers(g), **h} for g,h in zip(groups, sd['hypers'])]
     return {'state': {i: {names.get(k, k): v for k,v in s.items()} for i,s in enumerate(sd['state'])},
-            'param_groups': [{**{k: v for k,v in h.items() if k not in ('mom', 'sqr_mom', 'wd', 'beta')},
-                              'betas': (h['mom'], h['sqr_mom']), 'weight_decay': h['wd']} for h in hypers]}
+            'param_groups': [{**g, 'params': [next(n) for _ in g['params']], 'lr': h['lr'], 'betas': (h['mom'], h['sqr_mom']),
+                              'eps': h['eps'], 'weight_decay': h['wd']} for g,h in zip(groups, hypers)]}
+
+def _readable(opt, state_dict):
+    "`state_dict` in torch's layout, once it is known to fit `opt`"
+    sd = read_state(state_dict)
+    check_fit(sd, [g['params'] for g in opt.param_groups], [{**_hypers(g), 'beta': 0.} for g in opt.param_groups])
+    if 'slow_weights' in sd: raise ValueError("this is the state of a Lookahead optimizer (it has slow_weights): load it into radam_fastai.optimizer.Ranger")
+    if any(h.get('beta') for h in sd['hypers']): raise ValueError("this state is of a RAdam with a softplus denominator (beta), which torch's does not have")
+    return _to_torch(sd, opt.param_groups) if 'hypers' in state_dict else state_dict
 
 @patch
 def load_state_dict(self:RAdam,
     state_dict:dict, # State of PyTorch's RAdam or AdamW, of the authors' RAdam, or of fastai's RAdam or Adam
 ):
     "Copy `state_dict`, or raise a `ValueError` that names what does not fit, with nothing changed"
-    sd = read_state(state_dict)
-    check_fit(sd, [g['params'] for g in self.param_groups], [{**_hypers(g), 'beta': 0.} for g in self.param_groups])
-    if 'hypers' in state_dict: state_dict = _to_torch(sd, self.param_groups)
-    old = self.state
-    torch.optim.Optimizer.load_state_dict(self, state_dict)
+    if not isinstance(state_dict, dict): read_state(state_dict) # says what it is
+    old,last = self.state,self.register_load_state_dict_pre_hook(_readable) # behind the hooks that others have registered
+    try: torch.optim.Optimizer.load_state_dict(self, state_dict)
+    finally: last.remove()
     for p,s in self.state.items():
         for k,v in s.items():
             if k in ('exp_avg', 'exp_avg_sq'): s[k] = copy_like(v, p)
@@ -113,7 +119,7 @@ def load_state_dict(self:RAdam,
             elif isinstance(v, Tensor): s[k] = v.clone()
     for p in old: self.state[p] = {**keep_flags(old[p]), **self.state[p]}
 
-# %% ../nbs/05_torch_optim.ipynb #2c0bbcd0
+# %% ../nbs/05_torch_optim.ipynb #ac821fd8
 class _GroupHypers(dict):
     "The hyper-parameters of a torch group under fastai's names; setting one sets it in the group"
     def __init__(self, values, group, names):
@@ -122,26 +128,41 @@ class _GroupHypers(dict):
     def __setitem__(self, k, v):
         set_item_pg(self.group, self.names[k], v)
         super().__setitem__(k, v)
+    def update(self, *args, **kwargs):
+        for k,v in dict(*args, **kwargs).items(): self[k] = v
+    def __ior__(self, other):
+        self.update(other)
+        return self
 
 class RAdamWrapper(OptimWrapper):
     "`RAdam` for `Learner(..., opt_func=RAdamWrapper)`, honouring fastai's `do_wd`"
     def __init__(self,
         params=None, # Model parameters, or lists of them; leave out with a built `opt`
         opt=None, # A `RAdam` already built
-        **kwargs # Arguments of `RAdam`, under torch's names
+        **kwargs # Arguments of `RAdam`, under torch's names; `lr` may be a slice, as fastai's
     ):
         if opt is not None and not isinstance(opt, RAdam):
             raise TypeError(f"RAdamWrapper wraps radam_fastai.torch_optim.RAdam (another optimizer would not know `do_wd`), got {type(opt).__name__}")
+        if opt is None and not (params := L(params)): raise ValueError("no parameters to optimize: `params` is empty (is the whole model frozen?)")
+        if opt is not None and kwargs: raise TypeError(f"RAdamWrapper got a built `opt`, so {', '.join(kwargs)} would have no effect: set them in `opt`")
+        lr = kwargs.get('lr')
+        if isinstance(lr, slice): kwargs['lr'] = lr.stop
         super().__init__(params, RAdam if opt is None else opt, **kwargs)
+        if isinstance(lr, slice): self.set_hyper('lr', lr)
 
     @property
     def state(self): return self.opt.state
     @state.setter
-    def state(self, v): pass # `OptimWrapper` would start one beside the optimizer's: there is only one here
+    def state(self, v): # `OptimWrapper` would start one beside the optimizer's: there is only one here
+        if v: raise AttributeError("RAdamWrapper has no state of its own: use load_state_dict")
 
     @property
     def hypers(self): return [_GroupHypers(h, g, self.bwd_map) for h,g in zip(super().hypers, self.opt.param_groups)]
 
+    def _set_hyper(self, k, v):
+        super()._set_hyper(k, [float(o) if isinstance(o, np.floating) else o for o in v]) # a schedule's, which would not load under `weights_only`
+
     def clear_state(self):
         "Forget averages and step counts, but not fastai's flags"
+        self.opt._buckets.forget()
         self.opt.state = defaultdict(dict, {p: keep_flags(s) for p,s in self.opt.state.items()})

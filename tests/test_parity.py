@@ -77,7 +77,7 @@ def compare(xs, ys, tol):
     for x,y in zip(xs, ys): assert rel_err(x, y) < tol
 
 base = dict(lr=.01, mom=.9, sqr_mom=.99, eps=1e-5, wd=.1)
-variants = [{}, dict(sqr_mom=.9), dict(sqr_mom=.999), dict(sqr_mom=.6), dict(decouple_wd=False), dict(maximize=True), dict(beta=50.), dict(eps_debiased=False),
+variants = [{}, dict(sqr_mom=.9), dict(sqr_mom=.999), dict(sqr_mom=.6), dict(decouple_wd=False), dict(maximize=True), dict(beta=2.), dict(eps_debiased=False),
             dict(threshold=4), dict(sgd_phase='skip'), dict(eps=0.), dict(mom=0.), dict(eps=1e-2, eps_debiased=False, decouple_wd=False)]
 ids = lambda v: '-'.join(f'{k}={x}' for k,x in v.items()) or 'base'
 
@@ -94,7 +94,7 @@ def test_algorithm_2_in_half_precision(dtype, tol):
     compare(drive(RAdam(ps := params(dtype), **base), ps, n=60), plain(n=60, dtype=dtype, **base), tol)
 
 @pytest.mark.parametrize('dtype,tol', [(torch.float64, 1e-12), (torch.float32, 1e-6)])
-@pytest.mark.parametrize('variant', [{}, dict(sqr_mom=.9), dict(sqr_mom=.999), dict(sqr_mom=.5), dict(decouple_wd=False), dict(beta=50.), dict(eps=0., wd=0.)], ids=ids)
+@pytest.mark.parametrize('variant', [{}, dict(sqr_mom=.9), dict(sqr_mom=.999), dict(sqr_mom=.5), dict(decouple_wd=False), dict(beta=2.), dict(eps=0., wd=0.)], ids=ids)
 def test_fastai_radam(variant, dtype, tol):
     kw = {**base, **variant}
     compare(drive(RAdam(a := params(dtype), **kw), a), drive(fo.RAdam(b := params(dtype), **kw), b), tol)

@@ -47,6 +47,10 @@ def test_first_adaptive_step(sqr_mom, threshold, step):
     assert exact_rho(step-1, sqr_mom) <= threshold < exact_rho(step, sqr_mom)
     assert first_adaptive_step(sqr_mom, threshold) == step
 
+def test_rectifies_from_the_sixth_step_unless_told_otherwise():
+    assert [rectification(t, .99) is None for t in (5, 6)] == [True, False] and first_adaptive_step(.99) == 6
+    assert rectification(5, .99, threshold=4) == pytest.approx(math.sqrt((exact_rho(5, .99)-4)*(exact_rho(5, .99)-2)*199/(195*197*exact_rho(5, .99))))
+
 def test_implied_warmup_rises():
     w = implied_warmup(5000, .99)
     assert np.isnan(w[:5]).all() and (np.diff(w[5:]) > -1e-14).all() and w[-1] == pytest.approx(1, abs=1e-9)
