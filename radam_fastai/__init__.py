@@ -1,5 +1,12 @@
-"""Modules:
+"""# radam_fastai
 
+> RAdam for fastai: a drop-in optimizer at the speed of a fused kernel, checked number by number against the paper, fastai, PyTorch and the authors' rule
+
+Rectified Adam (RAdam) is Adam with a built-in warm-up: while Adam's second moment rests on too few gradients to be trusted, RAdam takes momentum steps, then lets the adaptive learning rate in by a factor that follows from β2 alone. This package brings it to fastai v2 as a plugin: the same arguments, states and numbers as `fastai.optimizer.RAdam`, a fraction of its time, and the knobs that tell one implementation from another.
+
+Modules:
+
+- `radam_fastai.callback`: What the rectifier did at every update of a run: `learn.rectifier`
 - `radam_fastai.functional`: The rectified step over lists of tensors: AdamW's fused kernel with another scalar
 - `radam_fastai.optimizer`: RAdam and Ranger for `Learner(..., opt_func=...)`: fastai's signatures, hyper-parameters, states and numbers, at the speed of a fused kernel
 - `radam_fastai.rectify`: How far Adam's adaptive learning rate can be trusted after `t` gradients, as one number per step

@@ -1,0 +1,197 @@
+"The step benchmark: what it counts, what it writes and what it refuses. No test depends on how long anything takes."
+import json, runpy, shlex, sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from radam_fastai import bench
+from radam_fastai.rectify import rectification
+
+HERE = [o for o in bench.OPTIMS if o not in bench.missing(bench.OPTIMS)]
+RADAMS = [o for o in HERE if o not in ('fastai-adam', 'torch-adamw-fused')]
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    "A model of three tensors, and an addition that is over at once"
+    model = lambda: torch.nn.ParameterList(torch.empty(s) for s in [(4,3), (64,), ()])
+    monkeypatch.setitem(bench.MODELS, 'tiny', model)
+    monkeypatch.setattr(bench, 'ADD_SIZE', 1000)
+
+@pytest.fixture
+def cli(tmp_path, monkeypatch, capsys):
+    "Runs `radam-bench` as its console script does: exit status, stdout, stderr"
+    script = tmp_path/'radam-bench'
+    script.write_text('import sys\nfrom radam_fastai.bench import main\nif __name__ == "__main__": sys.exit(main())\n')
+    def run(*args):
+        monkeypatch.setattr(sys, 'argv', [str(script), *map(str, args)])
+        with pytest.raises(SystemExit) as e: runpy.run_path(str(script), run_name='__main__')
+        return (e.value.code or 0, *capsys.readouterr())
+    return run
+
+def step(name, sizes, n=1):
+    "The optimizer `name` after `n` steps with the same gradients, and its parameters before and after the last"
+    params = bench.fresh_params(sizes)
+    opt,grads = bench.OPTIMS[name](params),[p.grad.clone() for p in params]
+    for _ in range(n):
+        old = [p.detach().clone() for p in params]
+        for p,g in zip(params, grads): p.grad.copy_(g)
+        opt.step()
+    return opt,old,params
+
+# --- models and contestants
+
+@pytest.mark.parametrize('model, n_params, n_tensors', [('xresnet18', 11_200_874, 68), ('xresnet50', 23_547_754, 167), ('small', 64_000, 1000)])
+def test_models(model, n_params, n_tensors):
+    sizes = bench.shapes(model)
+    assert (sum(s.numel() for s in sizes), len(sizes)) == (n_params, n_tensors)
+
+def test_language_model_counts_its_tied_weights_once():
+    sizes = bench.shapes('awd_lstm')
+    assert sizes.count((10_000, 400)) == 1 and 20e6 < sum(s.numel() for s in sizes) < 30e6
+
+def test_copies_are_equal_and_separate():
+    a,b,c = (bench.fresh_params([(3,2), (), (5,)], seed=s) for s in (1, 1, 2))
+    assert all(p.equal(q) and p.grad.equal(q.grad) and p.data_ptr() != q.data_ptr() for p,q in zip(a, b))
+    assert not a[0].equal(c[0])
+
+@pytest.mark.parametrize('name', HERE)
+def test_step_changes_every_parameter(name):
+    _,old,new = step(name, [(64,), (7,3), ()], n=11)
+    assert all((p != q).all() and p.isfinite().all() for p,q in zip(old, new))
+
+@pytest.mark.parametrize('name', RADAMS)
+def test_first_timed_step_is_rectified(name):
+    "An adaptive step has the size of lr times the rectification, a momentum step that of lr times a gradient of 0.01"
+    _,old,new = step(name, [(1000,)], n=11)
+    decay = 1-1e-3*1e-2
+    moved = (new[0]-decay*old[0]).abs().median().item()
+    assert moved == pytest.approx(1e-3*rectification(11, .99), rel=.05)
+
+def test_settings_are_the_same_for_all():
+    for o in bench.OPTIMS.values():
+        k = o.kwargs
+        assert (k['lr'], k['eps'], k.get('wd', k.get('weight_decay'))) == (1e-3, 1e-6, 1e-2)
+        assert k.get('betas', (k.get('mom'), k.get('sqr_mom'))) == (.9, .99)
+
+def test_decay_is_decoupled():
+    "With zero gradients, decoupled decay scales the weights and leaves the averages at zero"
+    for name in HERE:
+        params = bench.fresh_params([(64,)])
+        old,opt = params[0].detach().clone(),bench.OPTIMS[name](params)
+        for _ in range(20):
+            params[0].grad.zero_()
+            opt.step()
+        decayed = params[0].detach()/old
+        assert torch.allclose(decayed, decayed.mean()) and 0 < 1-decayed.mean() < 2.1e-4, name
+
+# --- time, memory
+
+def test_rounds_give_everything_a_turn_in_changing_order():
+    calls,orders = [],set()
+    ms = bench.time_in_turn({o: (lambda o=o: calls.append(o)) for o in 'abcd'}, rounds=20, warmup=3)
+    assert calls[:12] == list('aaabbbcccddd')
+    for i in range(12, len(calls), 4*7): # an untimed call and a burst of six each
+        turns = [calls[j:j+7] for j in range(i, i+4*7, 7)]
+        assert sorted(turns) == [[o]*7 for o in 'abcd']
+        orders.add(tuple(t[0] for t in turns))
+    assert len(orders) > 5 and len(calls) == 12+20*4*7
+    assert list(ms) == list('abcd') and all(v.shape == (20,) and (v >= 0).all() for v in ms.values())
+
+def test_a_turn_is_timed_as_one_call_without_its_first(monkeypatch):
+    now,took = [0.],iter([100., 1, 2, 3, 4, 5, 9])
+    monkeypatch.setattr(bench.time, 'perf_counter', lambda: now[0])
+    def f(): now[0] += next(took)
+    assert bench.time_in_turn({'f': f}, rounds=1)['f'] == pytest.approx([24/6*1e3])
+
+def test_ratio_is_paired():
+    busy = np.array([1., 9, 1, 30, 2])
+    assert bench.paired_ratio(6*busy, 4*busy) == pytest.approx(1.5)
+
+@pytest.mark.parametrize('name, lo, hi', [('ours', 8, 8.1), ('ours-ranger', 12, 12.1), ('ours-torch', 8, 8.1), ('fastai', 8, 8), ('fastai-adam', 8, 8),
+    ('fastai-ranger', 12, 12), ('torch', 8+4/64, 8+4/64), ('torch-foreach', 8+4/64, 8+4/64), ('torch-adamw-fused', 8+4/64, 8+4/64)])
+def test_state_bytes(name, lo, hi):
+    opt,_,new = step(name, [(64,)]*10)
+    assert lo <= bench.state_bytes(opt)/640 <= hi
+
+def test_shared_state_counts_once():
+    class Opt:
+        def state_dict(self): return dict(a=[flat[:10], flat[10:]], b=(flat, {'c': torch.zeros(3)}), step=1)
+    flat = torch.zeros(100)
+    assert bench.state_bytes(Opt()) == 4*(100+3)
+
+def test_floor():
+    assert bench.floor_ms(12, 1., add_size=28) == 1
+    assert bench.floor_ms(1_000_000, 3., add_size=1_000_000) == pytest.approx(28/12*3)
+    assert bench.floor_ms(10, np.array([1., 2.]), 10).tolist() == pytest.approx([28/12, 56/12])
+
+# --- the command
+
+def test_run_writes_records_table_and_picture(cli, tmp_path):
+    status,out,err = cli('step', '--models', 'tiny,small', '--optims', 'fastai,torch-adamw-fused', '--rounds', 2, '--threads', 1,
+                         '--device', 'cpu', '--seed', 3, '--out', tmp_path/'o')
+    assert status == 0 and 'Traceback' not in err
+    rows = [json.loads(o) for o in (tmp_path/'o/records.jsonl').read_text().splitlines()]
+    assert [(o['model'], o['optim']) for o in rows] == [(m, o) for m in ('tiny', 'small') for o in ('ours', 'fastai', 'torch-adamw-fused')]
+    assert pd.read_csv(tmp_path/'o/step.csv')[['model', 'optim']].values.tolist() == [[o['model'], o['optim']] for o in rows]
+    assert (tmp_path/'o/step.png').read_bytes().startswith(b'\x89PNG')
+    assert all(str(tmp_path/'o'/f) in out for f in ('records.jsonl', 'step.csv', 'step.png'))
+    for o in rows:
+        assert o['ms'] > 0 and o['floor_ratio'] > 0 and (o['optim'] != 'ours' or o['ratio'] == 1)
+        assert o['bench'] == 'step' and o['step'] == 11 and o['rect'] == rectification(11, .99) and o['rounds'] == 2
+        assert o['threads'] == 1 and o['device'] == 'cpu' and o['device_name'] and o['seed'] == 3
+        assert {'python', 'torch', 'fastai', 'radam_fastai'} == set(o['versions']) and o['date'].endswith('+00:00')
+    assert rows[0]['n_params'] == 77 and rows[0]['n_tensors'] == 3 and rows[1]['state_bytes'] == 8
+
+def test_recorded_command_can_be_run_again(cli, tmp_path):
+    assert cli('--models', 'tiny', '--optims', 'torch', '--rounds', 1, '--out', tmp_path/'a b')[0] == 0
+    first = (tmp_path/'a b/records.jsonl').read_text()
+    command = json.loads(first.splitlines()[0])['command']
+    assert shlex.split(command)[0] == 'radam-bench' and cli(*shlex.split(command)[1:])[0] == 0
+    both = (tmp_path/'a b/records.jsonl').read_text()
+    assert both.startswith(first) and len(both.splitlines()) == 4
+    assert json.loads(both.splitlines()[-1])['command'] == command
+    assert len(pd.read_csv(tmp_path/'a b/step.csv')) == 2
+
+def test_threads_are_put_back(tmp_path):
+    n = torch.get_num_threads()
+    bench.main('step', models='tiny', optims='fastai', rounds=1, threads=1, device='cpu', out=tmp_path)
+    assert torch.get_num_threads() == n
+
+def test_missing_libraries_are_named(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(bench.OPTIMS, 'timm', bench.Contestant('nowhere RAdam', 'no_such_library.optim', 'RAdam', {}))
+    df = bench.main('step', models='tiny', optims='timm,fastai', rounds=1, device='cpu', out=tmp_path)
+    assert df.optim.tolist() == ['ours', 'fastai']
+    assert "left out, not installed: timm (to time them: pip install 'radam_fastai[bench]')" in capsys.readouterr().out
+
+@pytest.mark.parametrize('args, words', [
+    (['speed'], "speed: choose from step"),
+    (['--models', 'xresnet18,vgg'], "--models vgg: choose from xresnet18, xresnet50, awd_lstm, small"),
+    (['--models', ''], "--models : choose from"),
+    (['--optims', 'lion'], "--optims lion: choose from ours, ours-ranger"),
+    (['--rounds', '0'], "--rounds 0: must be from 1 to"),
+    (['--rounds=-3'], "--rounds -3: must be from 1 to"),
+    (['--warmup', '9'], "--warmup 9: must be from 10 to"),
+    (['--threads=-1'], "--threads -1: must be from 1 to"),
+    (['--threads', '100000'], "--threads 100000: must be from 1 to"),
+    (['--device', 'tpu'], "--device tpu: choose from"),
+    (['--seed=-1'], "--seed -1: must be from 0 to")])
+def test_bad_option(cli, tmp_path, args, words):
+    status,out,err = cli(*args, '--out', tmp_path/'o')
+    assert status == 2 and out == '' and err.count('\n') == 1 and err.startswith('radam-bench: ') and words in err
+    assert not (tmp_path/'o').exists()
+
+def test_bad_folder(cli, tmp_path):
+    (tmp_path/'file').touch()
+    for o in (tmp_path/'file', tmp_path/'file'/'o'):
+        status,_,err = cli('--models', 'tiny', '--out', o)
+        assert status == 2 and err.count('\n') == 1 and f"--out {o}: " in err
+
+def test_bad_option_in_python():
+    with pytest.raises(ValueError, match="--rounds 0: must be"): bench.main('step', rounds=0)
+
+def test_help_names_everything(cli):
+    status,out,_ = cli('--help')
+    known = {*bench.BENCHES, *bench.MODELS, *bench.OPTIMS} - {'tiny'}
+    assert status == 0 and all(o in ''.join(out.split()) for o in known) # argparse breaks lines behind hyphens
