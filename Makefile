@@ -4,6 +4,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# fastai's import makes torch announce the end of torch.jit.script, which is no news about this project
+export PYTHONWARNINGS := ignore:`torch.jit.script` is deprecated:FutureWarning
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test export notebooks readme clean
@@ -19,6 +21,7 @@ $(READY): setup.cfg pyproject.toml
 demo: $(READY) ## Train a small model with RAdam; figures and records go to runs/demo
 	$(BIN)/radam-demo --out runs/demo
 
+test notebooks: export OMP_NUM_THREADS := 1 # many small tensors, several processes: more threads only wait for each other
 test: $(READY) ## Run the notebooks, then the tests
 	$(BIN)/nbdev-test --n-workers 2
 	$(BIN)/pytest -q tests
