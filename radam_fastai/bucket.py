@@ -7,7 +7,7 @@ A kernel call wants parameters with one device, one dtype, one step count and on
 # %% auto #0
 __all__ = ['fastai_keys', 'torch_keys', 'check_updatable', 'IntCounter', 'TensorCounter', 'StateKeys', 'Bucket', 'Buckets']
 
-# %% ../nbs/02_bucket.ipynb #22236cc8
+# %% ../nbs/02_bucket.ipynb #0cbd1a0a
 from collections.abc import Iterable, MutableMapping
 from itertools import chain, zip_longest
 from operator import is_
@@ -15,7 +15,7 @@ from operator import is_
 import torch
 from torch import Tensor
 
-from .functional import SMALL, can_fuse, layout, radam_step_
+from .functional import SMALL, can_fuse, copy_like, layout, radam_step_
 
 # %% ../nbs/02_bucket.ipynb #b0319e65
 def check_updatable(
@@ -70,7 +70,7 @@ class StateKeys:
 fastai_keys = StateKeys('grad_avg', 'sqr_avg', IntCounter)
 torch_keys = StateKeys('exp_avg', 'exp_avg_sq', TensorCounter)
 
-# %% ../nbs/02_bucket.ipynb #95bdbb7b
+# %% ../nbs/02_bucket.ipynb #817d599a
 class Bucket:
     "Parameters that one `radam_step_` can update: same group, device, dtype, step count and decay"
     def __init__(self, keys, group, decays, fused, params, states):
@@ -102,7 +102,7 @@ class Bucket:
         if not self.fused or strides == self.strides: return True
         self.strides = strides
         for i,(p,g) in enumerate(zip(self.params, self.grads)):
-            if layout(p) != layout(g): self.strides,self.grads[i] = [],torch.empty_like(p).copy_(g)
+            if layout(p) != layout(g): self.strides,self.grads[i] = [],copy_like(g, p)
         return True
 
     def update(self, *,
@@ -118,7 +118,7 @@ class Bucket:
         self.counter.advance()
         self._store_count()
 
-# %% ../nbs/02_bucket.ipynb #3e2fcbee
+# %% ../nbs/02_bucket.ipynb #713ac797
 class Buckets:
     "The `Bucket`s of all parameter groups"
     def __init__(self, keys:StateKeys):
@@ -163,6 +163,6 @@ class Buckets:
         keys = self.keys.grad_avg,self.keys.sqr_avg
         order = layout(torch.empty_like(p, device='meta'))
         for k in keys:
-            if s[k].device != p.device or layout(s[k]) != order: s[k] = torch.empty_like(p, requires_grad=False).copy_(s[k])
+            if s[k].device != p.device or layout(s[k]) != order: s[k] = copy_like(s[k], p)
         fused = can_fuse(p, *(s[k] for k in keys))
         return bool(s.get('do_wd', True)),fused,p.device,p.dtype,int(s['step'])

@@ -10,8 +10,9 @@
 # %% auto #0
 __all__ = ['reference_settings', 'RAdamFn', 'RangerFn', 'check_params', 'RAdam', 'Ranger']
 
-# %% ../nbs/04_optimizer.ipynb #6f197904
+# %% ../nbs/04_optimizer.ipynb #249e6c40
 from collections import defaultdict
+from copy import deepcopy
 from functools import partial
 from itertools import chain
 from numbers import Real
@@ -24,8 +25,8 @@ from fastcore.foundation import L
 from torch import Tensor
 
 from .bucket import Buckets, fastai_keys
-from .checkpoint import check_count, check_fit, copy_like, keep_flags, read_state
-from .functional import check_hypers, check_settings
+from .checkpoint import check_count, check_fit, keep_flags, read_state
+from .functional import check_hypers, check_settings, copy_like
 
 # %% ../nbs/04_optimizer.ipynb #8326908d
 def check_params(
@@ -97,7 +98,7 @@ def clear_state(self:RAdam):
     self._buckets.forget()
     super(RAdam, self).clear_state()
 
-# %% ../nbs/04_optimizer.ipynb #97002011
+# %% ../nbs/04_optimizer.ipynb #694c6ea8
 @patch
 def state_dict(self:RAdam) -> dict:
     "`state` (a dict per parameter) and `hypers` (a dict per group)"
@@ -114,9 +115,8 @@ def _read(self:RAdam, sd):
 @patch
 def _copy_state(self:RAdam, p, s):
     "A copy of `s` as the state of `p`"
-    kept = {k: v.clone() if isinstance(v, Tensor) else v for k,v in s.items() if k not in ('grad_avg', 'sqr_avg', 'step')}
-    copied = {**kept, **({'grad_avg': copy_like(s['grad_avg'], p), 'sqr_avg': copy_like(s['sqr_avg'], p), 'step': int(s['step'])} if 'step' in s else {})}
-    return {**keep_flags(self.state[p]), **copied}
+    own = {'step': int, 'grad_avg': partial(copy_like, p=p), 'sqr_avg': partial(copy_like, p=p)}
+    return {**keep_flags(self.state[p]), **{k: own.get(k, deepcopy)(v) for k,v in s.items()}}
 
 @patch
 def load_state_dict(self:RAdam,

@@ -10,7 +10,7 @@ For training loops without fastai, and for tools that expect PyTorch's own optim
 # %% auto #0
 __all__ = ['RAdam', 'RAdamWrapper']
 
-# %% ../nbs/05_torch_optim.ipynb #153efc04
+# %% ../nbs/05_torch_optim.ipynb #95fea8b7
 from collections import defaultdict
 from itertools import count
 
@@ -22,8 +22,8 @@ from fastcore.foundation import L
 from torch import Tensor
 
 from .bucket import Buckets, torch_keys
-from .checkpoint import check_fit, copy_like, keep_flags, read_state
-from .functional import check_hypers
+from .checkpoint import check_fit, keep_flags, read_state
+from .functional import check_hypers, copy_like
 
 # %% ../nbs/05_torch_optim.ipynb #200f3859
 class RAdam(torch.optim.Optimizer):

@@ -41,7 +41,7 @@ mutants = { # name: (module, what is there, what stands there instead)
     'hypers of the first group':     ('optimizer', '**hypers[b.group]', '**hypers[0]'),
     'hypers unchecked':              ('optimizer', '    for h in res: check_hypers(**h)\n', ''),
     'gradients zeroed, not released': ('optimizer', 'for p in pg: p.grad = None', 'for p in pg:\n            if p.grad is not None: p.grad.zero_()'),
-    'loaded tensors aliased':        ('checkpoint', 'return torch.empty_like(p, requires_grad=False).copy_(t.detach())', 'return t'),
+    'loaded tensors aliased':        ('functional', 'return torch.empty_like(p, requires_grad=False).copy_(t.detach())', 'return t'),
     'shapes unchecked':              ('checkpoint', 'if s[k].shape != p.shape:', 'if False:'),
     'flags lost on loading':         ('checkpoint', 'return {k: old[k] for k in flags if k in old}', 'return {}'),
     'Lookahead one step late':       ('optimizer', 'if self.count % self.k: return', 'if (self.count-1) % self.k: return'),
