@@ -70,9 +70,9 @@ class StateKeys:
 fastai_keys = StateKeys('grad_avg', 'sqr_avg', IntCounter)
 torch_keys = StateKeys('exp_avg', 'exp_avg_sq', TensorCounter)
 
-# %% ../nbs/02_bucket.ipynb #817d599a
+# %% ../nbs/02_bucket.ipynb #49b11a13
 class Bucket:
-    "Parameters that one `radam_step_` can update: same group, device, dtype, step count and decay"
+    "Parameters that one `radam_step_` can update: same group, device, dtype, step counts and decay"
     def __init__(self, keys, group, decays, fused, params, states):
         self.keys,self.group,self.decays,self.fused,self.params,self.states = keys,group,decays,fused,params,states
         self.grad_avgs,self.sqr_avgs = ([s[k] for s in states] for k in (keys.grad_avg, keys.sqr_avg))
@@ -80,6 +80,7 @@ class Bucket:
         self.places,self.orders = self._places(),list(map(Tensor.stride, self.matrices))
         self.small = params[0].device.type == 'cpu' and max(p.numel() for p in params) <= SMALL
         self.counter = keys.counter(len(states), int(states[0]['step']))
+        self.waited = int(states[0].get('waited', 0))
         self._store_count()
 
     def _places(self): return list(map(Tensor.data_ptr, self.params))
@@ -93,6 +94,7 @@ class Bucket:
         self.grads = [p.grad for p in self.params]
         try: return (self._lay_out(list(map(Tensor.stride, self.grads))) and self._places() == self.places
                      and list(map(Tensor.stride, self.matrices)) == self.orders and self.counter.intact()
+                     and (not self.waited or all([s['waited'] == self.waited for s in self.states]))
                      and all([s[ga] is m and s[sa] is v and s['step'] is step and s.get('do_wd', True) == decays
                               for s,m,v,step in zip(self.states, self.grad_avgs, self.sqr_avgs, self.counter.items)]))
         except (KeyError, RuntimeError, TypeError): return False # a gradient has gone or become sparse, a state was emptied
@@ -113,12 +115,19 @@ class Bucket:
         "One update of all members, then count it"
         lists = self.params,self.grads,self.grad_avgs,self.sqr_avgs
         for part in ([[o] for o in one] for one in zip(*lists)) if foreach is False else [lists]:
-            radam_step_(*part, self.counter.count+1, wd=wd if self.decays else 0., fused=self.fused and foreach is None, small=self.small, **kwargs)
+            waits = radam_step_(*part, self.counter.count+1, wd=wd if self.decays else 0., waited=self.waited, fused=self.fused and foreach is None,
+                                small=self.small, **kwargs)
         self.grads = [] # or `zero_grad` would release nothing
         self.counter.advance()
         self._store_count()
+        if waits: self._wait()
 
-# %% ../nbs/02_bucket.ipynb #713ac797
+    def _wait(self):
+        "Count one more step that moved the squared averages alone"
+        self.waited += 1
+        for s in self.states: s['waited'] = self.waited
+
+# %% ../nbs/02_bucket.ipynb #492c2968
 class Buckets:
     "The `Bucket`s of all parameter groups"
     def __init__(self, keys:StateKeys):
@@ -165,4 +174,4 @@ class Buckets:
         for k in keys:
             if s[k].device != p.device or layout(s[k]) != order: s[k] = copy_like(s[k], p)
         fused = can_fuse(p, *(s[k] for k in keys))
-        return bool(s.get('do_wd', True)),fused,p.device,p.dtype,int(s['step'])
+        return bool(s.get('do_wd', True)),fused,p.device,p.dtype,int(s['step']),int(s.get('waited', 0))

@@ -7,8 +7,9 @@ Adam and RAdam keep the same three things per parameter: two running averages an
 # %% auto #0
 __all__ = ['flags', 'read_state', 'check_count', 'check_fit', 'keep_flags']
 
-# %% ../nbs/03_checkpoint.ipynb #6a0d0643
+# %% ../nbs/03_checkpoint.ipynb #684299a4
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -43,28 +44,30 @@ def read_state(
     if {'state', 'hypers'} <= set(sd): return dict(sd)
     raise ValueError(f"not the state of a fastai or PyTorch optimizer: it has {', '.join(map(str, sd)) or 'nothing'}, not state and hypers or param_groups")
 
-# %% ../nbs/03_checkpoint.ipynb #91a54a6e
+# %% ../nbs/03_checkpoint.ipynb #b8b86ae0
 def check_count(
-    n, # Number of steps from a checkpoint: `int`, `float` or a tensor of one element
+    n, # Number of steps: a real number or a tensor of one element
     name:str, # What it counts
+    least:int=0, # The lowest that is allowed
 ):
-    "Raise a `ValueError` that names the count unless `n` is a whole number of at least 0"
+    "Raise a `ValueError` that names the count unless `n` is a whole number of at least `least`"
     if isinstance(n, Tensor) and n.numel() == 1: n = n.item()
-    if not isinstance(n, (int, float)) or not 0 <= n < math.inf or n != int(n): raise ValueError(f"{name} must be a whole number of at least 0, got {n}")
+    if not isinstance(n, Real) or not least <= n < math.inf or n != int(n): raise ValueError(f"{name} must be a whole number of at least {least}, got {n}")
 
-# %% ../nbs/03_checkpoint.ipynb #d73a51b4
+# %% ../nbs/03_checkpoint.ipynb #37c18efc
 _averages = {'grad_avg', 'sqr_avg'}
 
 def _check_param_state(i, s, p):
     "Raise a `ValueError` that says why `s` cannot be the state of parameter `p`, the `i`-th"
     at = f"parameter {i} (shape {tuple(p.shape)})"
     if 'max_exp_avg_sq' in s: raise ValueError(f"{at}: max_exp_avg_sq in its state: RAdam cannot continue amsgrad")
-    if not set(s) & (_averages | {'step'}): return # it has never been updated
+    if not set(s) & (_averages | {'step', 'waited'}): return # it has never been updated
     if lacks := (_averages | {'step'}) - set(s): raise ValueError(f"{at}: no {', '.join(sorted(lacks))} in its state: was it saved by Adam or RAdam?")
     for k in sorted(_averages):
         if not isinstance(s[k], Tensor) or not s[k].is_floating_point(): raise ValueError(f"{at}: {k} must be a floating point tensor, got {type(s[k]).__name__}")
         if s[k].shape != p.shape: raise ValueError(f"{at}: {k} in the checkpoint has shape {tuple(s[k].shape)}")
-    check_count(s['step'], f"{at}: step")
+    for k in ('step', 'waited'): check_count(s.get(k, 0), f"{at}: {k}")
+    if s.get('waited', 0) > s['step']: raise ValueError(f"{at}: waited must be at most step ({s['step']}), got {s['waited']}")
 
 # %% ../nbs/03_checkpoint.ipynb #06bddcde
 def check_fit(

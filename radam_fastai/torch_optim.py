@@ -119,7 +119,7 @@ def load_state_dict(self:RAdam,
             elif isinstance(v, Tensor): s[k] = v.clone()
     for p in old: self.state[p] = {**keep_flags(old[p]), **self.state[p]}
 
-# %% ../nbs/05_torch_optim.ipynb #ac821fd8
+# %% ../nbs/05_torch_optim.ipynb #36759727
 class _GroupHypers(dict):
     "The hyper-parameters of a torch group under fastai's names; setting one sets it in the group"
     def __init__(self, values, group, names):
@@ -157,7 +157,9 @@ class RAdamWrapper(OptimWrapper):
         if v: raise AttributeError("RAdamWrapper has no state of its own: use load_state_dict")
 
     @property
-    def hypers(self): return [_GroupHypers(h, g, self.bwd_map) for h,g in zip(super().hypers, self.opt.param_groups)]
+    def hypers(self): # of numbers alone: what a schedule can change, and a logger can draw
+        numbers = ({k:v for k,v in h.items() if v is not None and not isinstance(v, bool)} for h in super().hypers)
+        return [_GroupHypers(h, g, self.bwd_map) for h,g in zip(numbers, self.opt.param_groups)]
 
     def _set_hyper(self, k, v):
         super()._set_hyper(k, [float(o) if isinstance(o, np.floating) else o for o in v]) # a schedule's, which would not load under `weights_only`

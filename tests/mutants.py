@@ -7,19 +7,21 @@ from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
 
+modules = 'rectify','parity','warmup','optimizer','checkpoint','torch_optim','learner','callback','gradients','advisor' # with tests to run
+
 mutants = { # name: (module, what is there, what stands there instead)
     'threshold 4 instead of 5':      ('rectify', 'threshold:float=5, # The adaptive', 'threshold:float=4, # The adaptive'),
     'rho without bias correction':   ('rectify', 'math.exp(-y)/math.expm1(-y)', '-math.exp(-y)'),
     'early rho is the step count':   ('rectify', 'if y < 1: return step + _langevin(x/2) - step*_langevin(y/2)', 'if y < 1: return step'),
     'eps ignored':                   ('functional', 'adam = dict(mom=mom, sqr_mom=sqr_mom, eps=eps)', 'adam = dict(mom=mom, sqr_mom=sqr_mom, eps=0.)'),
     'eps on the other side':         ('functional', 'if not eps_debiased: eps /=', 'if eps_debiased: eps /='),
-    'decay scaled by r_t':           ('functional', 'wd=wd/r if decouple_wd else wd', 'wd=wd'),
-    'rectifier ignored':             ('functional', 'decouple_wd=decouple_wd, lr=lr*r,', 'decouple_wd=decouple_wd, lr=lr,'),
+    'decay scaled by r_t':           ('functional', 'wd=wd/(moves/decays) if decouple_wd else wd', 'wd=wd'),
+    'rectifier ignored':             ('functional', 'decouple_wd=decouple_wd, lr=lr*moves,', 'decouple_wd=decouple_wd, lr=lr,'),
     'no decay in the momentum phase': ('functional', 'if decouple_wd and wd: torch', 'if decouple_wd and wd and r is not None: torch'),
     'L2 treated as decoupled':       ('functional', 'l2=0. if decouple_wd else wd', 'l2=0.'),
-    'momentum phase not debiased':   ('functional', 'alpha=-lr/(1 - mom**step))\n    else', 'alpha=-lr)\n    else'),
+    'momentum phase not debiased':   ('functional', 'alpha=-lr*moves/(1 - mom**step))\n    else', 'alpha=-lr*moves)\n    else'),
     'skip moves':                    ('functional', "if r is None and sgd_phase == 'skip': return", ''),
-    'softplus ignored':              ('functional', 'if r is not None and fused and not beta:', 'if r is not None and fused:'),
+    'softplus ignored':              ('functional', 'if r and fused and not beta:', 'if r and fused:'),
     'memory order ignored':          ('functional', "o.dtype == param.dtype and layout(o) == layout(param)", 'o.dtype == param.dtype'),
     'devices mixed':                 ('functional', 'o.device == param.device and ', ''),
     'gaps in memory ignored':        ('functional', 'and is_dense(param)', ''),
@@ -52,6 +54,49 @@ mutants = { # name: (module, what is there, what stands there instead)
     'averages stay behind':          ('bucket', 'if s[k].device != p.device or layout(s[k]) != order:', 'if False:'),
     'old states kept alive':         ('bucket', 'self.sizes,self.params,self.states,self.idle,self.buckets = [],[],[],[],[]', 'self.sizes,self.params,self.states,self.idle,self.buckets = [],[],[],[],getattr(self, "buckets", [])'),
     'a count set in place unnoticed': ('bucket', 'and self.counter.intact()', ''),
+    'decay not warmed up':           ('warmup', 'scale_wd=True', 'scale_wd=False'),
+    'decay warmed up in one path':   ('functional', '1-lr*decays*wd', '1-lr*wd'),
+    'waiting moves the first moment': ('functional', 'if not waits: torch', 'if True: torch'),
+    'waiting decays':                ('functional', "    if waits: return sgd_phase == 'wait'\n", "    if waits:\n        if decouple_wd and wd: torch._foreach_mul_(params, 1-lr*decays*wd)\n        return sgd_phase == 'wait'\n"),
+    'one count for both moments':    ('functional', 'if waited: moves *=', 'if False: moves *='),
+    'frozen steps counted as waited': ('functional', "if waits: return sgd_phase == 'wait'", 'if waits: return True'),
+    'the wait not saved':            ('bucket', "for s in self.states: s['waited'] = self.waited", 'pass'),
+    'the wait not resumed':          ('bucket', "self.waited = int(states[0].get('waited', 0))", 'self.waited = 0'),
+    'waits mixed':                   ('bucket', "int(s['step']),int(s.get('waited', 0))", "int(s['step']),0"),
+    'a changed wait unnoticed':      ('bucket', "(not self.waited or all([s['waited'] == self.waited for s in self.states]))", 'True'),
+    'any wait is loaded':            ('checkpoint', "if s.get('waited', 0) > s['step']:", 'if False:'),
+    'nonsense from a rule':          ('functional', 'if r is not None and not 0 < r < math.inf:', 'if False:'),
+    'warm-up one step late':         ('warmup', 'min(1., step/n_steps)', 'min(1., (step-1)/n_steps or 1e-9)'),
+    'wait one step short':           ('warmup', 'None if step <= n_steps else 1.', 'None if step < n_steps else 1.'),
+    'n_steps unchecked':             ('checkpoint', 'if not isinstance(n, Real) or not least <= n', 'if not isinstance(n, Real) or not 0 <= n'),
+    'Adam-eps after debiasing':      ('warmup', 'eps=1e-4, eps_debiased=False', 'eps=1e-4'),
+    'r_t of the step before':        ('readout', 'r = how.rule(step, sqr_mom)', 'r = how.rule(max(1, step-1), sqr_mom)'),
+    'a frozen phase moves':          ('readout', "idle = lr if how.sgd_phase == 'momentum' else 0.", 'idle = lr'),
+    'lookahead not looked into':     ('readout', 'if isinstance(opt, Lookahead): return rectifier(opt.opt)', ''),
+    'counts of a group averaged':    ('readout', "sorted({int(state", "sorted({sum({int(state.get(p, {}).get('step', 0)) for p in pg})//max(1, len(pg)) or int(state"),
+    'skipped steps unmarked':        ('callback', "event = 'skipped' if self.skipped else ''", "event = ''"),
+    'skipped steps move':            ('callback', 'if self.skipped: now = now._replace(effective_lr=0.)', ''),
+    'a restart unmarked':            ('callback', 'follows = step == 0 or step-1 in', 'follows = True or step-1 in'),
+    'a restart hidden by a skip':    ('callback', 'if counts and not self.skipped: self.last', 'if counts: self.last'),
+    'the finder leaves rows':        ('callback', "self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self, 'gather_preds')\n        self.how", "self.run = True\n        self.how"),
+    'hypers stay published':         ('callback', 'def after_batch(self:RectifierRecorder): self._retract()', 'def after_batch(self:RectifierRecorder): pass'),
+    'the table has the last row':    ('callback', 'float(rows[k].mean())', 'float(rows[k].iloc[-1])'),
+    'validation trains':             ('callback', 'if self.epoch_start is None or not self.in_table: return', 'if not self.in_table: return'),
+    'a foreign file is added to':    ('callback', 'if text and not text.startswith(header):', 'if False:'),
+    'half a line stays':             ('callback', "f.truncate(text.rfind('\\n')+1)", 'pass'),
+    'part of a line is written':     ('callback', '            f.truncate(end)\n', ''),
+    'rows lost by a full disk':      ('callback', '    else: self.saved,self.csv_failed = len(self.data),False', '    finally: self.saved = len(self.data)'),
+    'loggers end the run':           ('callback', "if event_name == 'before_fit': raise", 'raise'),
+    'fastai signals swallowed':      ('callback', 'except _CONTROL: raise', 'except ZeroDivisionError: raise'),
+    'the axis is what was asked for': ('callback', 'self.now.effective_lr if self.now.adaptive', 'self.now.lr if self.now.adaptive'),
+    'the finder forgets the lr':     ('callback', 'if had_opt: learn.opt.set_hypers(**hypers)', 'if had_opt: pass'),
+    'clipping not seen':             ('callback', 'order,run_valid = 100,False', 'order,run_valid = 9,False'),
+    'zeros on the axis':             ('callback', 'right=True) + (x.flatten() != 0)', 'right=True) + 1'),
+    'v not debiased':                ('callback', '/ (1-np.asarray(sqr_mom)**t)[:,None]', '/ 1'),
+    'advice counts from zero':       ('warmup', 'range(start+1, start+1+n_steps)', 'range(start+2, start+2+n_steps)'),
+    'accumulation unknown to advice': ('warmup', '// max(1, math.ceil(n_acc/(self.dls.train.bs or 1)))', ''),
+    'schedule of the first group':   ('warmup', 'np.ravel(f(i/n_steps))[-1]', 'np.ravel(f(i/n_steps))[0]'),
+    'silent about two warm-ups':     ('warmup', 'if peak and schedule[0] < FULL', 'if False and schedule[0] < FULL'),
     'hypers do not write through':   ('torch_optim', 'set_item_pg(self.group, self.names[k], v)', 'pass'),
     'a second state in the wrapper': ('torch_optim', 'def state(self): return self.opt.state', 'def state(self): return self.__dict__.setdefault("_state", defaultdict(dict))'),
 }
@@ -67,7 +112,8 @@ def caught(
         src = f.read_text()
         assert src.count(old) == 1, f'{name}: {old!r} stands {src.count(old)} times in {module}'
         f.write_text(src.replace(old, new))
-        tests = [f'tests/test_{t}.py' for t in ('rectify', 'parity', 'optimizer', 'checkpoint', 'torch_optim', 'learner')]
+        near = {module, *dict(readout=['callback'], callback=['gradients'], warmup=['advisor']).get(module, [])}
+        tests = [f'tests/test_{t}.py' for t in sorted(modules, key=lambda t: t not in near)]
         env = {**os.environ, 'PYTHONPATH': d}
         res = subprocess.run([sys.executable, '-m', 'pytest', '-x', '-q', '-p', 'no:cacheprovider', *tests], cwd=d, env=env, capture_output=True, text=True)
         return next((l.split(' - ')[0] for l in res.stdout.splitlines() if l.startswith(('FAILED', 'ERROR'))), '')

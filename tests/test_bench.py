@@ -5,6 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from fastai.callback.core import Callback
 
 from radam_fastai import bench
 from radam_fastai.rectify import rectification
@@ -195,3 +196,41 @@ def test_help_names_everything(cli):
     status,out,_ = cli('--help')
     known = {*bench.BENCHES, *bench.MODELS, *bench.OPTIMS} - {'tiny'}
     assert status == 0 and all(o in ''.join(out.split()) for o in known) # argparse breaks lines behind hyphens
+
+# --- callbacks
+
+@pytest.fixture
+def tiny_images(monkeypatch):
+    monkeypatch.setitem(bench.MODELS, 'xresnet18', lambda: torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, 4), torch.nn.Flatten(), torch.nn.Linear(4*16*16, 10)))
+
+def test_callback_bench_takes_the_steps_it_counts(tiny_images, tmp_path, monkeypatch):
+    "Every Learner takes the same steps, its callbacks see all of them, and the Learners without any are the measure"
+    seen = {}
+    kept = bench.kept_bytes
+    monkeypatch.setattr(bench, 'kept_bytes', lambda cbs: seen.update({type(cb).__name__: cb for cb in cbs}) or kept(cbs))
+    df = bench.main('callback', rounds=2, warmup=1, threads=1, device='cpu', out=tmp_path)
+    assert df.n_steps.tolist() == [23]*len(df) and df.ratio[0] == 1 and df.callbacks[:2].tolist() == ['none', 'none, again']
+    assert (df.inside_ms[:2] == 0).all() and (df.inside_ms[2:] > 0).all()
+    assert df.inside_share.tolist() == pytest.approx((df.inside_ms/df.ms[0]).tolist())
+    assert len(seen['RectifierRecorder'].to_frame()) == 23 and seen['RectifierRecorder'].to_frame().step.tolist() == list(range(1, 24))
+    assert seen['GradientHistogram'].to_frame().step.tolist() == [10, 20] and len(seen['AdaptiveLRVariance'].to_frame()) == 23
+    rows = [json.loads(l) for l in (tmp_path/'records.jsonl').read_text().splitlines()]
+    assert len(rows) == len(df) and {r['bench'] for r in rows} == {'callback'} and (tmp_path/'callback.png').stat().st_size > 1000
+    assert bench.BENCHES['callback'].models == ['xresnet18', 'xresnet50'] and shlex.split(rows[0]['command'])[:4] == ['radam-bench', 'callback', '--models', 'xresnet18']
+
+def test_time_inside_is_that_of_the_callbacks(tiny_images, monkeypatch):
+    clock = iter(range(10**6))
+    monkeypatch.setattr(bench.time, 'perf_counter', lambda: next(clock))
+    cbs = [Callback(), Callback()]
+    inside = bench.Inside(cbs)
+    for cb in cbs:
+        cb.learn = None
+        for event in ('before_batch', 'after_batch'): cb(event)
+    assert inside.secs == 4 # one tick a call
+
+@pytest.mark.parametrize('args, words', [
+    (['callback', '--optims', 'fastai'], '--optims fastai: not an option of radam-bench callback'),
+    (['callback', '--models', 'small'], '--models small: choose from xresnet18, xresnet50'),
+    (['callback', '--warmup', '0'], '--warmup 0: must be from 1 to'),
+    (['--threads', '0'], '--threads 0: must be from 1 to')])
+def test_bad_option_of_a_bench(cli, tmp_path, args, words): test_bad_option(cli, tmp_path, args, words)

@@ -758,3 +758,9 @@ def test_wrapper_save_load(tmp_path):
     for l in (a, b): torch.manual_seed(1)
     close(run_on(b), run_on(a), 0)
     assert {s['step'].item() for s in b.opt.state.values()} == {12.}
+
+def test_wrapper_hypers_are_numbers_that_a_logger_can_draw():
+    opt = RAdamWrapper([nn.Parameter(torch.ones(2))], lr=.1, foreach=True)
+    assert set(opt.hypers[0]) == {'lr', 'mom', 'sqr_mom', 'eps', 'wd'} and opt.opt.param_groups[0]['foreach'] is True
+    opt.set_hyper('wd', .2)
+    assert (opt.hypers[0]['wd'], opt.opt.param_groups[0]['weight_decay']) == (.2, .2)

@@ -14,8 +14,8 @@ __all__ = ['OPTS', 'RANGES', 'opt_func', 'OptionError', 'usage', 'check', 'check
 import warnings
 warnings.filterwarnings('ignore', '`torch.jit.script`', FutureWarning)
 
-# %% ../../nbs/20_recipes.runs.ipynb #1f9a7a41
-import json,os,platform,sys,time
+# %% ../../nbs/20_recipes.runs.ipynb #dfd4e641
+import json,math,os,platform,sys,time
 from contextlib import contextmanager
 from datetime import datetime
 from functools import partial
@@ -35,9 +35,8 @@ from fastprogress import fastprogress
 from fastprogress.fastprogress import ConsoleProgressBar
 
 from .. import __version__
-from ..callback import rectifier_settings,step_counts
 from ..optimizer import RAdamFn,RangerFn
-from ..rectify import rectification
+from ..readout import read_last
 
 # %% ../../nbs/20_recipes.runs.ipynb #036d194b
 OPTS = dict(radam=RAdamFn, ranger=RangerFn, adam=partial(Adam, sqr_mom=.99, eps=1e-6, wd=1e-2))
@@ -98,13 +97,13 @@ def check_out(
     except OSError as e: check(False, f'--out {out}: {e.strerror}')
     return out
 
-# %% ../../nbs/20_recipes.runs.ipynb #05df2144
+# %% ../../nbs/20_recipes.runs.ipynb #f0d7ecf6
 def step_and_rect(
     opt, # Optimizer of a `Learner` that has stepped
 ) -> tuple[int, float|None]: # Step count, from 1; r_t, `None` in the momentum phase and for optimizers that do not rectify
     "The last step of `opt`, as its last group has seen it"
-    step,settings = next(o[-1] for o in reversed(step_counts(opt)) if o),rectifier_settings(opt)
-    return step,settings and rectification(step, opt.hypers[-1]['sqr_mom'], settings['threshold'])
+    step,now = read_last(opt)
+    return step,now.rect if now.adaptive and not math.isnan(now.rect) else None
 
 # %% ../../nbs/20_recipes.runs.ipynb #45ebff37
 class RunRecorder(Callback):
