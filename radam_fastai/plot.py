@@ -6,7 +6,8 @@ Recorders collect, this module draws. Each function takes plain data (a DataFram
 
 # %% auto #0
 __all__ = ['COLORS', 'variance_lines', 'color', 'new_axes', 'update_numbers', 'plot_rect', 'plot_lr', 'plot_warmup',
-           'density_per_decade', 'occupied', 'plot_gradient_ridge', 'plot_gradient_heatmap', 'plot_lr_variance']
+           'density_per_decade', 'occupied', 'plot_gradient_ridge', 'plot_gradient_heatmap', 'plot_lr_variance',
+           'plot_runs', 'plot_summary']
 
 # %% ../nbs/07_plot.ipynb #9c36d96e
 import matplotlib.pyplot as plt
@@ -181,3 +182,43 @@ def plot_lr_variance(
     ax.set(yscale='log', xlabel='update', ylabel='variance of the adaptive learning rate [1/σ²]')
     ax.legend(fontsize='small')
     return ax
+
+# %% ../nbs/07_plot.ipynb #b3d653fc
+def plot_runs(
+    records:list, # Records to draw into one figure
+    title:str=None, # Above the panels
+) -> plt.Figure:
+    "Losses, rectification and effective learning rate over the optimizer steps of each run"
+    fig,axs = plt.subplots(1, 3, figsize=(13, 3.6), sharex=True, layout='constrained')
+    for i,r in enumerate(records):
+        s,e,kw = r['steps'],r['epochs'],dict(color=color(i), label=f"{r['opt']}, seed {r['seed']}")
+        x = np.arange(1, r['n_steps']+1)
+        axs[0].plot(x, s['loss'], lw=.7, alpha=.5, color=kw['color'])
+        axs[0].plot([o['step'] for o in e], [o['valid_loss'] for o in e], 'o-', ms=4, **kw)
+        if r['rectifier']: axs[1].plot(x, np.array(s['rect'], dtype=float), **kw)
+        axs[2].plot(x, s['effective_lr'], **kw)
+    for ax,t in zip(axs, ['loss (thin: training batches, dots: validation)', 'rectification $r_t$', 'effective learning rate']):
+        ax.set(title=t, xlabel='optimizer step')
+        if ax.lines: ax.legend()
+    axs[1].set_ylim(0, 1.05)
+    fig.suptitle(title)
+    return fig
+
+# %% ../nbs/07_plot.ipynb #1f654e5b
+def plot_summary(
+    groups:dict, # Name → records, all with the same metrics
+    metric:str=None, # Column of the epochs; the first metric, or the validation loss if there is none
+) -> plt.Figure:
+    "A metric of all runs, by group"
+    if metric is None:
+        last,not_metrics = next(iter(groups.values()))[0]['epochs'][-1],('epoch', 'step', 'train_loss', 'valid_loss', 'train_secs', 'secs')
+        metric = next((k for k in last if k not in not_metrics), 'valid_loss')
+    fig,axs = plt.subplots(1, 2, figsize=(11, max(3., .35*len(groups)+1)), layout='constrained')
+    for i,rs in enumerate(groups.values()):
+        for r in rs: axs[0].plot([e['epoch']+1 for e in r['epochs']], [e[metric] for e in r['epochs']], '.-', lw=1, color=color(i))
+        last = [r['epochs'][-1][metric] for r in rs]
+        axs[1].plot(last, [i]*len(rs), '|', ms=12, color=color(i))
+        if len(rs) > 1: axs[1].errorbar(np.mean(last), i, xerr=np.std(last, ddof=1), fmt='o', color=color(i), capsize=3)
+    axs[0].set(xlabel='epoch', ylabel=metric)
+    axs[1].set(yticks=range(len(groups)), yticklabels=list(groups), ylim=(len(groups)-.5, -.5), xlabel=f'{metric} after the last epoch: runs, mean ± standard deviation')
+    return fig

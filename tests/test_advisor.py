@@ -134,3 +134,6 @@ def test_advisor_is_silent_outside_fits(capsys):
 def test_advisor_and_other_optimizers(capsys):
     out,ws = said(capsys, lambda: get_learner(fo.Adam).fit(1, .01))
     assert 'has no rectifier, nothing to advise' in out
+
+def test_the_schedule_of_several_groups_is_that_of_the_last():
+    assert schedule_shape(lambda pct: np.array([1-pct, 2.]), 4).tolist() == [1, 1, 1, 1]

@@ -234,3 +234,38 @@ def test_time_inside_is_that_of_the_callbacks(tiny_images, monkeypatch):
     (['callback', '--warmup', '0'], '--warmup 0: must be from 1 to'),
     (['--threads', '0'], '--threads 0: must be from 1 to')])
 def test_bad_option_of_a_bench(cli, tmp_path, args, words): test_bad_option(cli, tmp_path, args, words)
+
+# --- the training step
+
+def test_train_bench_takes_the_step_apart(tiny_images, tmp_path, monkeypatch):
+    "All settings take the same steps with the same losses, and the parts of a step add up to it"
+    monkeypatch.setattr(bench, 'TRAIN_SIDE', 64)
+    monkeypatch.setattr(bench, 'reading_ms', lambda side, bs, workers: 1.+workers)
+    seen = {}
+    passed = bench.pass_momentum_phase
+    def watch(learn):
+        before = [p.detach().clone() for p in learn.model.parameters()]
+        passed(learn)
+        assert all(map(torch.equal, before, learn.model.parameters())) and learn.opt.hypers[0]['lr'] == 1e-3
+        seen[len(seen)] = learn
+    monkeypatch.setattr(bench, 'pass_momentum_phase', watch)
+    df = bench.main('train', models='xresnet18', rounds=3, warmup=1, threads=1, device='cpu', out=tmp_path)
+    assert df.settings.tolist() == ['fastai', 'fastai, channels last', 'ours', 'ours, channels last'] and (df.n_steps == 7).all() and df.ratio[0] == 1
+    parts = df[['forward_ms', 'backward_ms', 'step_ms', 'release_ms']]
+    assert (parts > 0).all(axis=None) and (parts.sum(axis=1) < 1.5*df.ms).all()
+    assert df.last_loss.tolist() == pytest.approx([df.last_loss[0]]*4, rel=1e-4)
+    for learn in seen.values(): assert {int(s['step']) for s in learn.opt.state.values()} == {17}
+    assert [next(l.model.parameters()).is_contiguous(memory_format=torch.channels_last) for l in seen.values()] == [False, True, False, True]
+    assert df.images_per_sec.tolist() == pytest.approx((64e3/df.ms).tolist()) and (tmp_path/'train.png').stat().st_size > 1000
+    rows = [json.loads(l) for l in (tmp_path/'records.jsonl').read_text().splitlines()]
+    assert {r['bench'] for r in rows} == {'train'} and rows[0]['reading_ms_0_workers'] == 1
+
+def test_reading_is_timed_on_real_images(monkeypatch):
+    from radam_fastai.recipes import imagenette
+    seen,get_dls = [],imagenette.get_dls
+    def watch(train, valid, *args, **kwargs):
+        seen.append((len(train), len(valid)))
+        return get_dls(train, valid, *args, **kwargs)
+    monkeypatch.setattr(imagenette, 'get_dls', watch)
+    assert bench.reading_ms(32, 8, 0, n=3) > 0 and seen == [(30, 10)]
+

@@ -1,102 +1,17 @@
-"""The recipes: records that survive, commands that leave evidence, options that are checked before anything is trained."""
-import json, runpy, subprocess, sys
-from collections import Counter
+"""The commands: what they leave behind, that options take effect, and that wrong ones are refused before anything is trained."""
+import json, subprocess, sys
 from pathlib import Path
-from urllib.error import URLError
 
-import numpy as np, pytest, torch
-from fastai.callback.core import Callback, CancelStepException
-from fastai.callback.training import GradientAccumulation
-from fastai.torch_core import set_seed
+import pytest, torch
+from fastai.layers import AvgPool
 from PIL import Image
 
 from radam_fastai.recipes import demo, imagenette
-from radam_fastai.recipes.runs import (OPTS, OptionError, RunRecorder, append_record, check_ranges, effective_lr, mean_std, read_records,
-                                       record_run, rectifier_summary, runs_table)
-from radam_fastai.rectify import rectification
+from radam_fastai.recipes.presets import COMMON, PRESETS, resolve
+from radam_fastai.recipes.runs import OptionError, RecipeError, read_records
 
 root = Path(__file__).resolve().parent.parent
-
-@pytest.fixture
-def cli(monkeypatch, capsys, tmp_path):
-    "Run a recipe as its console script does, in this process: exit status, what went to stdout and to stderr"
-    def _cli(name, *args):
-        script = tmp_path/f'radam-{name}'
-        script.write_text(f'import sys\nfrom radam_fastai.recipes.{name} import main\nsys.exit(main())')
-        monkeypatch.setattr(sys, 'argv', [str(script), *map(str, args)])
-        with pytest.raises(SystemExit) as e: runpy.run_path(str(script), run_name='__main__')
-        return e.value.code or 0, *capsys.readouterr()
-    return _cli
-
-@pytest.fixture(scope='module')
-def images(tmp_path_factory):
-    "Ten classes of 32-pixel squares in Imagenette's layout, of 6 or 7 training and 3 or 4 validation images"
-    path,rng = tmp_path_factory.mktemp('images'),np.random.default_rng(0)
-    for split,n in [('train',6), ('val',3)]:
-        for c in range(10):
-            d = path/split/f'n{c:02}'
-            d.mkdir(parents=True)
-            for i in range(n + c%2): Image.fromarray(rng.integers(0, 25*c+25, (32,32,3), dtype='uint8')).save(d/f'{i}.png')
-    return path
-
 small = '--arch xresnet18 --size 32 --bs 16 --epochs 1 --workers 0'.split()
-
-# The file of records
-
-def test_records_come_back(tmp_path):
-    recs = [dict(run=i, text='ä\n\u2028', loss=[.1, float('inf'), None]) for i in range(3)]
-    for r in recs: append_record(tmp_path/'new'/'records.jsonl', r)
-    assert read_records(tmp_path/'new'/'records.jsonl') == recs
-
-@pytest.mark.parametrize('cut', [1, 5, -1])
-def test_half_a_line_loses_nothing_else(tmp_path, cut):
-    path = tmp_path/'records.jsonl'
-    append_record(path, dict(run=1))
-    with path.open('a') as f: f.write(json.dumps(dict(run=2))[:cut])
-    with pytest.warns(UserWarning, match='records.jsonl: line 2 is not a whole record'): assert read_records(path) == [dict(run=1)]
-    append_record(path, dict(run=3))
-    with pytest.warns(UserWarning, match='line 2'): assert read_records(path) == [dict(run=1), dict(run=3)]
-
-def test_whole_last_line_without_newline(tmp_path):
-    path = tmp_path/'records.jsonl'
-    path.write_text('{"run": 1}')
-    append_record(path, dict(run=2))
-    assert read_records(path) == [dict(run=1), dict(run=2)]
-
-# The recorder
-
-@pytest.mark.parametrize('opt', OPTS)
-def test_steps_and_epochs(opt, tmp_path):
-    learn = demo.get_learner(opt)
-    r = record_run(learn, lambda l: l.fit_one_cycle(1, 1e-3), tmp_path, opt=opt, seed=0)
-    rects = [rectification(t, .99) if opt!='adam' else None for t in range(1, 23)]
-    assert r['steps']['step'] == list(range(1, 23)) and r['steps']['rect'] == rects
-    assert r['steps']['lr'] == pytest.approx([float(o) for o in learn.recorder.lrs])
-    assert np.allclose(effective_lr(r['steps']), [lr*(1 if o is None else o) for lr,o in zip(r['steps']['lr'], rects)])
-    train,valid,acc = learn.recorder.values[0]
-    assert {k: r['epochs'][0][k] for k in ('train_loss','valid_loss','accuracy')} == dict(train_loss=train, valid_loss=valid, accuracy=acc)
-    assert r['epochs'][0]['secs'] >= r['epochs'][0]['train_secs'] > 0 and r['secs'] >= r['epochs'][0]['secs']
-    assert (r['rectifier'] is None) == (opt=='adam')
-    hypers, = r['hypers']
-    assert hypers['eps'] == 1e-6 and hypers['lr'] == r['steps']['lr'][0] == pytest.approx(1e-3/25)
-    assert set(r['versions']) == {'python','torch','fastai','radam_fastai'} and r['device']['name']
-    assert read_records(tmp_path/'records.jsonl') == [r]
-
-def test_accumulated_gradients_are_one_step():
-    learn,rec = demo.get_learner('radam'),RunRecorder()
-    with learn.no_bar(),learn.no_logging(): learn.fit(1, cbs=[GradientAccumulation(128), rec])
-    assert [s['step'] for s in rec.steps] == list(range(1, 12))
-
-def test_rectifier_summary():
-    steps = [dict(step=t, rect=rectification(t, .99)) for t in range(1, 21)]
-    summ = rectifier_summary(steps)
-    assert (summ['first_adaptive'], summ['n_momentum'], summ['last']) == (6, 5, rectification(20, .99))
-    assert rectifier_summary(steps[:5]) is None
-
-def test_mean_std():
-    recs = [dict(opt='a', seed=s, secs=1., epochs=[dict(epoch=0, step=1, train_secs=1., secs=1., accuracy=v)]) for s,v in enumerate([.7,.8,.9])]
-    assert mean_std(runs_table(recs)).accuracy[0] == '0.8000 ± 0.1000'
-    assert mean_std(runs_table(recs[:1])).accuracy[0] == '0.7000'
 
 # radam-demo
 
@@ -110,81 +25,139 @@ def test_demo(cli, tmp_path):
     for r in recs: assert f"{r['epochs'][-1]['valid_loss']:.4f}" in out
     assert recs[0]['steps']['loss'][0] == recs[1]['steps']['loss'][0] # the same weights and the same batch
 
-def test_demo_repeats(tmp_path):
+def test_demo_repeats(tiny, tmp_path):
     a,b,c = [demo.main(out=tmp_path, epochs=1, seed=s) for s in (1,1,2)]
     for x,y,z in zip(a, b, c): assert x['steps'] == y['steps'] and x['steps']['loss'] != z['steps']['loss']
     assert len(read_records(tmp_path/'records.jsonl')) == 6
+    assert demo.main(out=tmp_path, epochs=1, seed=2, resume=True) == c
 
 # radam-imagenette
 
-def test_balanced_subset(images):
-    files = imagenette.get_files(images, n_items=42, seed=3)
-    count = Counter((f.parent.parent.name, f.parent.name) for f in files)
-    assert len(set(files)) == len(files)
-    assert [count['train',f'n{c:02}'] for c in range(10)] == [5,5] + [4]*8
-    assert [count['val',f'n{c:02}'] for c in range(10)] == [round((3+c%2)*42/65) for c in range(10)]
-    assert files == imagenette.get_files(images, 42, 3) != imagenette.get_files(images, 42, 4)
-    assert len(imagenette.get_files(images)) == 65 + 35
-
-def test_imagenette(cli, images, tmp_path, monkeypatch):
+def test_imagenette(cli, tiny, images, tmp_path, monkeypatch):
     kept = []
     get_learner = imagenette.get_learner
-    monkeypatch.setattr(imagenette, 'get_learner', lambda *a, **kw: kept.append(get_learner(*a, **kw)) or kept[-1])
+    monkeypatch.setattr(imagenette, 'get_learner', lambda *a: kept.append(get_learner(*a)) or kept[-1])
     status,out,err = cli('imagenette', '--path', images, '--out', tmp_path, '--runs', 2, '--n-items', 40, *small)
     assert status == 0, err
     recs = read_records(tmp_path/'records.jsonl')
     assert [r['seed'] for r in recs] == [42,43]
     for r,learn in zip(recs, kept):
-        assert r['data'] == dict(name=images.name, size=32, classes=10, train=40, valid=20)
-        with learn.no_bar(): loss,acc,top5 = learn.validate()
+        assert {k: r['data'][k] for k in ('name','size','classes','train','valid')} == dict(name=images.name, size=32, classes=10, train=40, valid=20)
+        with learn.no_bar(),learn.no_logging(): loss,acc,top5 = learn.validate()
         last = r['epochs'][-1]
         assert (last['valid_loss'], last['accuracy'], last['top_k_accuracy']) == pytest.approx((loss, acc, top5))
-        fig = tmp_path/f"xresnet18-radam-{r['seed']}.png"
-        assert fig.exists() and f'figure: {fig}' in out
-    assert ' ± ' in out
-    alone = imagenette.main(path=images, out=tmp_path/'alone', n_items=40, seed=43, arch='xresnet18', size=32, bs=16, epochs=1, workers=0)
-    assert alone[0]['steps'] == recs[1]['steps'] # a run depends on its own seed only
+        for ext in 'png','csv': assert (tmp_path/f"xresnet18-radam-{r['seed']}.{ext}").exists()
+    assert ' ± ' in out and (tmp_path/'table.md').exists() and not list(tmp_path.glob('*.pth'))
+    alone, = imagenette.main(path=images, out=tmp_path/'alone', n_items=40, seed=43, arch='xresnet18', size=32, bs=16, epochs=1, workers=0)
+    assert alone['steps'] == recs[1]['steps'] # a run depends on its own seed only
+
+def asked(monkeypatch, images, **kw):
+    "The run that options ask for, which is not trained"
+    kept = []
+    def run_job(runs, *a):
+        kept.extend(runs)
+        raise RecipeError('enough')
+    monkeypatch.setattr(imagenette, 'run_job', run_job)
+    with pytest.raises(RecipeError, match='enough'): imagenette.main(**{'path':images, 'workers':0, **kw})
+    return kept[0]
+
+def built(*args, **kw):
+    "The same, and the learner that it makes"
+    run = asked(*args, **kw)
+    return run,run.make()
+
+@pytest.mark.parametrize('preset', PRESETS)
+def test_presets_are_what_was_published(monkeypatch, images, preset, tmp_path):
+    o,_ = resolve(preset, {})
+    run,learn = built(monkeypatch, images, preset=preset, out=tmp_path)
+    learn.create_opt()
+    h = learn.opt.hypers[0]
+    assert (h['mom'], h['sqr_mom'], h['eps'], h['wd']) == (o['mom'], .99, 1e-6, o['wd'])
+    opts = {'radam':'RAdam', 'article':'RAdam', 'over9000-adam':'Optimizer', 'over9000-radam':'RAdam'}
+    assert type(learn.opt).__name__ == opts.get(preset, 'Ranger')
+    mish = any(isinstance(m, torch.nn.Mish) for m in learn.model.modules())
+    attention = any(type(m).__name__ == 'SimpleSelfAttention' for m in learn.model.modules())
+    blurs = sum(type(m).__name__ == 'BlurPool2d' for m in learn.model.modules())
+    newer = preset in ('radam','fastai-2020-01','leaderboard-2020-10')
+    assert (mish, attention) == (newer, newer) and blurs == (4 if preset == 'leaderboard-2020-10' else 0)
+    normed = any(type(t).__name__ == 'Normalize' for t in learn.dls.train.after_batch.fs)
+    crop = any(type(t).__name__ == 'RandomResizedCrop' for t in learn.dls.train.after_item.fs)
+    assert normed == (not newer) and crop == (preset not in ('radam','leaderboard-2020-10'))
+    assert learn.dls.bs == (32 if preset in ('radam','leaderboard-2020-10') else 64) and run.options['size'] == 128
+    assert (run.about['published'] or {}).get('mean') == {'article':.86, 'over9000-adam':.7784, 'over9000-radam':.7696, 'over9000-ranger':.7844, 'fastai-2020-01':.8471,
+                                                         'leaderboard-2020-10':.8743}.get(preset)
+    assert run.options['fp16'] is torch.cuda.is_available() # without a GPU in single precision, and the record says so
+
+def test_published_figure_is_only_for_what_was_published(monkeypatch, images, tmp_path):
+    def pub(**kw): return asked(monkeypatch, images, preset='over9000-radam', out=tmp_path, **kw).about['published']
+    assert pub()['std'] == .0084 and pub(lr=1e-2, channels_last=True, arch='xresnet50')['runs'] == 20
+    for kw in dict(lr=1e-3), dict(n_items=60, bs=60), dict(sa=True), dict(woof=True): assert pub(**kw) is None, kw
 
 @pytest.mark.parametrize('args,hypers', [
-    ([], dict(mom=.9, sqr_mom=.99, eps=1e-6, wd=.01)),
-    (['--opt','ranger'], dict(mom=.95, sqr_mom=.99, eps=1e-6, wd=.01)),
-    ('--opt adam --mom .8 --sqr-mom .95 --eps 1e-4 --wd .1 --sched one_cycle --aug none --channels-last'.split(),
-     dict(mom=.8, sqr_mom=.95, eps=1e-4, wd=.1))])
-def test_options_take_effect(cli, images, tmp_path, args, hypers):
+    ([], dict(mom=.95, sqr_mom=.99, eps=1e-6, wd=1e-4)),
+    (['--preset','over9000-ranger'], dict(mom=.9, sqr_mom=.99, eps=1e-6, wd=.01)),
+    ('--opt adam --mom .8 --sqrmom .95 --eps 1e-4 --wd .1 --lr 1e-3 --sched one_cycle --div 5 --pct-start .5 --channels-last'.split(), dict(mom=.8, sqr_mom=.95, eps=1e-4, wd=.1)),
+    ('--beta 20 --sa 1 --sym 1 --act-fn ReLU --norm 0 --mixup .2 --sh .2 --smooth 0 --aug crop --pool AvgPool'.split(), dict(beta=20.))])
+def test_options_take_effect(cli, tiny, images, tmp_path, args, hypers):
     status,_,err = cli('imagenette', '--path', images, '--out', tmp_path, *small, *args)
     assert status == 0, err
     rec, = read_records(tmp_path/'records.jsonl')
     assert {k: rec['hypers'][0][k] for k in hypers} == hypers
-    assert max(rec['steps']['lr']) == pytest.approx(.01)
-    assert (rec['steps']['lr'][0] == pytest.approx(.01)) == ('one_cycle' not in args)
+    lrs = rec['steps']['lr']
+    if 'one_cycle' in args: assert lrs[0] == pytest.approx(1e-3/5) and max(lrs) == pytest.approx(1e-3) and set(rec['steps']['mom']) == {.8}
+    else: assert lrs[0] == max(lrs)
 
-def test_workers_are_seeded(images):
-    def batches(seed):
-        set_seed(seed)
-        return [x for x,_ in imagenette.get_dls(imagenette.get_files(images), 32, 16, workers=2).train]
-    a,b,c = map(batches, (1,1,2))
-    assert len(a) == 4 and all(torch.equal(x, y) and not torch.equal(x, z) for x,y,z in zip(a, b, c))
+@pytest.mark.parametrize('kw,finds', [(dict(sh=.3), 'RandomErasing'), (dict(norm=True), 'Normalize'), (dict(aug='crop'), 'RandomResizedCrop'), (dict(aug='resize'), 'Resize'), (dict(mixup=.4), 'MixUp'),
+    (dict(sa=True), 'SimpleSelfAttention'), (dict(act_fn='Mish'), 'Mish'), (dict(pool='MaxBlurPool'), 'BlurPool2d'), (dict(pool='AvgPool'), 'AvgPool2d')])
+def test_options_build(monkeypatch, tiny, images, tmp_path, kw, finds):
+    off = dict(sa=False, act_fn='ReLU', pool='MaxPool', aug='crop' if kw.get('aug')=='resize' else 'resize', norm=False)
+    def parts(**kw):
+        learn = built(monkeypatch, images, out=tmp_path, arch='xresnet18', **{**off, **kw})[1]
+        return {type(o).__name__ for o in [*learn.dls.train.after_batch.fs, *learn.dls.train.after_item.fs, *learn.cbs, *learn.model.modules()]}
+    assert finds in parts(**kw) and finds not in parts()
 
-def test_norm_and_bias_are_not_decayed(images):
-    learn = imagenette.get_learner(imagenette.get_dls(imagenette.get_files(images), 32, 16, workers=0), 'xresnet18', wd=.1)
+def test_norm_and_bias_are_not_decayed(monkeypatch, images, tmp_path):
+    learn = built(monkeypatch, images, arch='xresnet18', wd=.1, out=tmp_path)[1]
     learn.create_opt()
-    assert {p.ndim for p in learn.model.parameters() if not learn.opt.state[p].get('do_wd', True)} == {1}
     norms = [p for m in learn.model.modules() if isinstance(m, torch.nn.BatchNorm2d) for p in m.parameters()]
-    assert not any(learn.opt.state[p].get('do_wd', True) for p in norms)
+    assert norms and not any(learn.opt.state[p].get('do_wd', True) for p in norms)
+    assert all(learn.opt.state[p].get('do_wd', True) for p in learn.model.parameters() if p.ndim == 4)
 
 @pytest.mark.parametrize('arch', imagenette.ARCHS)
 def test_architectures(arch):
-    set_seed(0)
-    model = imagenette.ARCHS[arch](n_out=10).eval()
-    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+    with torch.device('meta'): assert imagenette.get_model(arch)(torch.zeros(2, 3, 128, 128)).shape == (2, 10)
+
+@pytest.mark.parametrize('n', [1, 2, 5, 8])
+def test_max_blur_pool(n):
+    "By hand: the largest of each 2x2 neighbourhood, then the 1-2-1 blur of every other one; sizes as a convolution of stride 2 has them"
+    x = torch.randn(2, 3, n+4, n+4)
+    y = imagenette.MaxBlurPool()(x)
+    assert y.shape == torch.nn.Conv2d(3, 3, 3, stride=2, padding=1)(x).shape == AvgPool(2, ceil_mode=True)(x).shape
+    big = x.unfold(2, 2, 1).unfold(3, 2, 1).amax((-1,-2))
+    k = torch.tensor([1.,2,1])/4
+    assert torch.allclose(y[:,:,1,1], torch.einsum('ncij,i,j->nc', big[:,:,1:4,1:4], k, k), atol=1e-6)
+
+def test_dump(cli, images):
+    status,out,err = cli('imagenette', '--dump', '--preset', 'leaderboard-2020-10', '--lr', '1e-3')
+    assert status == 0 and 'BlurPool2d' in out, err
+    settings = json.loads(out[:out.index('}')+1])
+    assert settings == {**COMMON, **PRESETS['leaderboard-2020-10'][0], 'lr':1e-3, 'fp16':torch.cuda.is_available()}
+
+def test_help(cli):
+    _,out,_ = cli('imagenette', '--help')
+    for o in [*COMMON, 'preset','path','seed','workers','out','resume','n_items','compile','channels_last','woof','runs','dump','report','keep']: assert f"--{o.replace('_', '-')}" in out
+    assert all(p in ' '.join(out.split()) for p in PRESETS)
 
 # Options that cannot be used
 
 bad_demo = {'--epochs 0':'--epochs', '--bs 1':'--bs', '--bs 2000':'--bs', '--lr 0':'1e-08 to 10', '--lr nan':'--lr', '--seed -1':'0 to 2147483648'}
-bad_imagenette = {'--arch resnet50':'xse_resnext50', '--opt sgd':'radam, ranger, adam', '--sched cosine':'flat_cos, one_cycle', '--aug mixup':'crop, none',
-    '--size 8':'16 to 1024', '--bs 1':'2 to 4096', '--bs 66':'at most 65', '--bs 32 --n-items 30':'at most 30', '--epochs 0':'1 to 1000',
-    '--lr -1':'--lr', '--mom 1':'--mom', '--sqr-mom 1':'--sqr-mom', '--eps -1':'--eps', '--wd -1':'--wd', '--smooth 1':'--smooth',
-    '--n-items 9':'10 to 60', '--n-items 61':'10 to 60', '--runs 0':'--runs', '--workers -1':'--workers', '--seed -1':'--seed'}
+bad_imagenette = {'--preset best':'over9000-radam', '--arch resnet50':'xse_resnext50', '--opt sgd':'radam, ranger, adam', '--sched cosine':'flat_cos, one_cycle', '--aug mixup':'crop, resize',
+    '--act-fn GELU':'ReLU, Mish', '--pool Pool':'AvgPool, MaxPool, MaxBlurPool', '--size 8':'16 to 1024', '--size 100':'--size 100: xse_resnext50 with --pool MaxPool', '--bs 1':'2 to 4096',
+    '--bs 66':'at most 65', '--bs 32 --n-items 30':'at most 30', '--epochs 0':'1 to 1000', '--lr -1':'--lr', '--mom 1':'--mom', '--sqrmom 1':'--sqrmom', '--eps -1':'--eps',
+    '--wd -1':'--wd', '--smooth 1':'--smooth', '--mixup -1':'--mixup', '--sh 2':'--sh', '--beta -1':'--beta', '--pct-start 1':'--pct-start', '--n-items 9':'10 to 60', '--n-items 61':'10 to 60',
+    '--runs 0':'--runs', '--workers -1':'--workers', '--seed -1':'--seed', '--opt adam --beta 3':'adam has none', '--div 3':'flat_cos has none', '--sa 0 --sym 1':'--sym',
+    '--fp16 1 --bf16 1':'choose one', '--fp16 1':'need a GPU', '--bf16 1':'need a GPU', '--sched one_cycle --div 0':'--div'}
+if torch.cuda.is_available(): bad_imagenette = {k: v for k,v in bad_imagenette.items() if v != 'need a GPU'}
 
 def refuses(result, name, about):
     "One line on stderr, about the right thing, and exit status 2"
@@ -194,7 +167,7 @@ def refuses(result, name, about):
 
 @pytest.fixture
 def no_training(monkeypatch):
-    for m in (demo, imagenette): monkeypatch.setattr(m, 'record_run', lambda *a, **kw: pytest.fail('it trained'))
+    for m in (demo, imagenette): monkeypatch.setattr(m, 'run_job', lambda *a, **kw: pytest.fail('it trained'))
 
 @pytest.mark.parametrize('args', bad_demo)
 def test_demo_refuses(cli, no_training, tmp_path, args):
@@ -216,31 +189,27 @@ def test_folders_are_checked(cli, no_training, images, tmp_path):
             d.mkdir(parents=True)
             (d/'0.png').touch()
     refused(tmp_path/'nine', 'found 9')
+    (tmp_path/'nine'/'val'/'X').mkdir()
+    (tmp_path/'nine'/'val'/'X'/'0.png').touch()
+    refused(tmp_path/'nine', 'different classes: 9, X')
     (tmp_path/'file').touch()
     for name,args in [('demo',[]), ('imagenette',['--path',images])]: refuses(cli(name, *args, '--out', tmp_path/'file'/'x'), name, '--out')
 
-def test_failed_download(cli, no_training, monkeypatch, tmp_path):
-    def offline(url): raise URLError('no network')
-    monkeypatch.setattr(imagenette, 'untar_data', offline)
-    refuses(cli('imagenette', '--out', tmp_path/'new', '--size', 200), 'imagenette', 'imagenette2-320.tgz (<urlopen error no network>)')
+def test_missing_timm(cli, no_training, images, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'timm.layers', None)
+    refuses(cli('imagenette', '--path', images, '--pool', 'MaxBlurPool'), 'imagenette', "pip install 'radam_fastai[blur]'")
 
 def test_python_callers_get_an_error(images):
     with pytest.raises(OptionError, match='--epochs 0'): demo.main(epochs=0)
     with pytest.raises(OptionError, match='--arch vgg: choose from'): imagenette.main(path=images, arch='vgg')
-    check_ranges(dict(lr=None))
+
+def test_interrupted(cli, tiny, images, tmp_path, monkeypatch):
+    def interrupt(*a): raise KeyboardInterrupt
+    monkeypatch.setattr(imagenette, 'run_job', interrupt)
+    status,_,err = cli('imagenette', '--path', images, '--out', tmp_path)
+    assert (status, err) == (130, 'radam-imagenette: interrupted\n')
 
 def test_exit_status_of_a_process(tmp_path):
     cmd = [sys.executable, '-m', 'radam_fastai.recipes.imagenette', '--path', str(tmp_path/'nowhere')]
     res = subprocess.run(cmd, cwd=root, capture_output=True, text=True)
     assert res.returncode == 2 and res.stdout == '' and len(res.stderr.splitlines()) == 1, res.stderr
-
-class SkipAt(Callback):
-    def __init__(self, *at): self.at = at
-    def before_step(self):
-        if self.train_iter in self.at: raise CancelStepException()
-
-def test_skipped_steps_are_not_recorded():
-    "As in half precision, whose first step often overflows"
-    learn,rec = demo.get_learner('radam'),RunRecorder()
-    with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=[rec, SkipAt(0, 3)])
-    assert [s['step'] for s in rec.steps] == list(range(1, len(learn.dls.train)-1))

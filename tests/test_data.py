@@ -1,0 +1,123 @@
+"""Data that is missing, damaged or dangerous is named, and never half-used; augmentation depends on the item alone."""
+import hashlib, io, random, shutil, tarfile
+from collections import Counter
+from pathlib import Path
+
+import pytest, torch
+from fastai.torch_core import set_seed
+
+from radam_fastai.recipes import data, imagenette
+from radam_fastai.recipes.data import balanced, check_sum, digest, from_archives, split_files, unpack
+from radam_fastai.recipes.runs import RecipeError
+
+def tar(path, **members):
+    "An archive of regular files, or of `TarInfo`s as they are"
+    with tarfile.open(path, 'w:gz') as t:
+        for name,o in members.items():
+            if isinstance(o, tarfile.TarInfo): t.addfile(o)
+            else: t.add(o, name.replace('__', '/'))
+    return path
+
+def info(name, **kw):
+    t = tarfile.TarInfo(name)
+    for k,v in kw.items(): setattr(t, k, v)
+    return t
+
+def test_archives_become_a_folder(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, 'UNPACKED', tmp_path/'unpacked')
+    for part in 'train','val':
+        with tarfile.open(tmp_path/f'imagenette2-160-{part}.tgz', 'w:gz') as t: t.add(images/part, f'imagenette2-160/{part}')
+    path,source = imagenette.find_images(tmp_path, 128)
+    assert path == tmp_path/'unpacked'/'imagenette2-160' and source == 'archives imagenette2-160 in a folder'
+    assert digest(sorted(path.rglob('*.jpg')), path) == digest(sorted(images.rglob('*.jpg')), images)
+    (tmp_path/'imagenette2-160-val.tgz').write_bytes(b'gone') # unpacked once, not looked at again
+    assert imagenette.find_images(tmp_path, 128)[0] == path
+
+evil = dict(absolute=info('/tmp/evil.txt'), outside=info('x/../../evil.txt'), device=info('x/dev', type=tarfile.CHRTYPE), fifo=info('x/fifo', type=tarfile.FIFOTYPE),
+    link=info('x/link', type=tarfile.SYMTYPE, linkname='../../../etc'), hardlink=info('x/hard', type=tarfile.LNKTYPE, linkname='/etc/passwd'))
+
+@pytest.mark.parametrize('how', evil)
+def test_dangerous_archives(tmp_path, how):
+    if how == 'absolute': # Python's filter makes such a path relative: it must not end up at the root
+        evil[how].name = str(tmp_path/'root'/'evil.txt')
+    a = tar(tmp_path/'a.tgz', bad=evil[how])
+    try: unpack([a], tmp_path/'data'/'x')
+    except RecipeError as e: assert 'a.tgz' in str(e) and len(str(e).splitlines()) == 1
+    assert not (tmp_path/'root').exists() and not (tmp_path/'evil.txt').exists() and not (tmp_path/'data'/'evil.txt').exists()
+    if how != 'absolute': assert list((tmp_path/'data').iterdir()) == []
+
+@pytest.mark.parametrize('damage', ['cut', 'flipped', 'text', 'empty'])
+def test_damaged_archives(images, tmp_path, damage):
+    a = tar(tmp_path/'a.tgz', x=images/'train')
+    b = bytearray(a.read_bytes())
+    if damage == 'flipped': b[len(b)//2] ^= 255
+    a.write_bytes(dict(cut=b[:len(b)//2], flipped=b, text=b'no archive', empty=b'')[damage])
+    with pytest.raises(RecipeError, match='a.tgz could not be unpacked'): unpack([a], tmp_path/'data'/'x')
+    assert list((tmp_path/'data').iterdir()) == []
+
+def test_sums(tmp_path):
+    a = tmp_path/'a.tgz'
+    a.write_bytes(b'abc')
+    check_sum(a) # nothing to compare with
+    for star in '','*':
+        (tmp_path/'SHA256SUMS').write_text(f"{hashlib.sha256(b'abc').hexdigest()}  {star}a.tgz\n")
+        check_sum(a)
+    (tmp_path/'SHA256SUMS').write_text(f"{hashlib.sha256(b'abd').hexdigest()}  a.tgz\n")
+    with pytest.raises(RecipeError, match='a.tgz is damaged'): check_sum(a)
+
+def test_half_an_official_copy_is_noticed(images, monkeypatch):
+    monkeypatch.setattr(imagenette, 'download', lambda url: images)
+    with pytest.raises(RecipeError, match='holds 65 training and 35 validation images, not \\(9469, 3925\\)'): imagenette.find_images()
+
+@pytest.mark.parametrize('size,woof,name', [(128,False,'imagenette2-160'), (129,False,'imagenette2-320'), (225,False,'imagenette2'), (64,True,'imagewoof2-160'), (256,True,'imagewoof2')])
+def test_the_right_archive(monkeypatch, size, woof, name):
+    asked = []
+    def offline(url):
+        asked.append(url)
+        raise OSError('no network')
+    monkeypatch.setattr(data.FastDownload, 'download', lambda self, url: offline(url))
+    monkeypatch.setattr(data.FastDownload, 'data_path', lambda self, **kw: Path('no such folder'))
+    with pytest.raises(RecipeError, match=f'could not download .*/{name}.tgz'): imagenette.find_images(None, size, woof)
+    assert asked == [f'https://s3.amazonaws.com/fast-ai-imageclas/{name}.tgz']
+
+def test_balanced_subset(images):
+    tr,va = balanced(*split_files(images), n_items=42, seed=3)
+    count = Counter((f.parent.parent.name, f.parent.name) for f in tr+va)
+    assert len(set(tr+va)) == len(tr+va)
+    assert [count['train',f'n{c:02}'] for c in range(10)] == [5,5] + [4]*8
+    assert [count['val',f'n{c:02}'] for c in range(10)] == [round((3+c%2)*42/65) for c in range(10)]
+    assert (tr,va) == balanced(*split_files(images), 42, 3) != balanced(*split_files(images), 42, 4)
+    assert [len(o) for o in balanced(*split_files(images))] == [65, 35]
+
+def batches(images, seed, workers, aug='crop'):
+    set_seed(seed)
+    dl = imagenette.get_dls(*balanced(*split_files(images)), 32, 16, aug, workers=workers).train
+    dl.rng = random.Random(seed)
+    return [x for x,_ in dl]
+
+@pytest.mark.parametrize('aug', imagenette.AUGS)
+def test_augmentation_does_not_depend_on_workers(images, aug):
+    a,b,c,d = (batches(images, *o, aug) for o in [(1,0), (1,1), (1,3), (2,0)])
+    assert len(a) == 4
+    for x,y,z,other in zip(a, b, c, d): assert torch.equal(x, y) and torch.equal(x, z) and not torch.equal(x, other)
+
+def test_augmentation_leaves_the_generator_alone(images):
+    "What is drawn after a batch must not follow from its last item"
+    dl = imagenette.get_dls(*balanced(*split_files(images)), 32, 16, workers=0).train
+    it = iter(dl)
+    next(it)
+    random.seed(5)
+    next(it)
+    after = random.random()
+    random.seed(5)
+    assert after == random.random()
+
+@pytest.mark.parametrize('damage', ['cut', 'text', 'empty'])
+@pytest.mark.parametrize('workers', [0, 2])
+def test_unreadable_image_is_named(cli, images, tmp_path, damage, workers):
+    path = shutil.copytree(images, tmp_path/'images')
+    f = path/'val'/'n03'/'1.jpg'
+    b = f.read_bytes()
+    f.write_bytes(dict(cut=b[:len(b)//2], text=b'no image', empty=b'')[damage])
+    status,out,err = cli('imagenette', '--path', path, '--out', tmp_path/'out', '--workers', workers, *'--arch xresnet18 --size 32 --bs 32 --epochs 1'.split())
+    assert status == 2 and len(err.splitlines()) == 1 and f'{f} is no image that can be read' in err, err

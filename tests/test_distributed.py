@@ -1,0 +1,108 @@
+"""Two processes train the run that one process trains, the first of them writes, and the death of one ends the job."""
+import os, runpy, subprocess, sys, time
+from pathlib import Path
+
+import pytest, torch
+
+from radam_fastai.recipes.checkpoint import load_checkpoint
+from radam_fastai.recipes.runs import read_records
+
+pytest.importorskip('accelerate')
+root = Path(__file__).resolve().parent.parent
+
+script = '''
+import os, sys, torch
+from functools import partial
+from pathlib import Path
+import fastai.callback.schedule
+from fastai.callback.core import Callback
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
+from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat
+from fastai.metrics import accuracy
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.utils.data import TensorDataset
+from radam_fastai.recipes import imagenette
+from radam_fastai.recipes.jobs import Run, run_job
+from radam_fastai.recipes.runs import opt_func
+
+out,images,mode = Path(sys.argv[1]),Path(sys.argv[2]),sys.argv[3]
+rank = int(os.environ.get('RANK', 0))
+torch.set_num_threads(1)
+
+class Die(Callback):
+    def before_batch(self):
+        if rank == 1 and self.epoch == 1: os._exit(3)
+class Keep(Callback):
+    def after_fit(self): torch.save([p.detach() for p in self.learn.model.parameters()], out/f'params-{rank}.pt')
+
+def make(opt):
+    "A network without batch normalisation, and a validation set that two processes cannot share equally"
+    d = load_digits()
+    x,y = torch.tensor(d.images/16, dtype=torch.float).flatten(1),torch.tensor(d.target)
+    dls = DataLoaders.from_dsets(TensorDataset(x[:1400], y[:1400]), TensorDataset(x[1400:], y[1400:]), bs=36, num_workers=0) # the last batch has one item
+    net = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    return Learner(dls, net, loss_func=CrossEntropyLossFlat(), metrics=accuracy, opt_func=opt_func(opt), cbs=[Keep(), *([Die()] if mode=='die' else [])])
+
+out.mkdir(exist_ok=True)
+runs = [Run(f'{opt}-0', 0, dict(opt=opt), partial(make, opt), lambda l: l.fit_one_cycle(2, 1e-2), dict(name='digits')) for opt in ('ranger','adam')]
+run_job(runs, out/'digits', 'test', keep=True)
+if mode == 'all':
+    kw = dict(path=images, arch='xresnet18', size=32, bs=16, epochs=1, workers=1, out=out/'images', preset='over9000-radam')
+    imagenette.main(**kw)
+    imagenette.main(**{**kw, 'runs':2}, resume=True)
+print('done', rank)
+'''
+
+def launch(tmp_path, images, mode, n=2):
+    "What becomes of the script, run by `n` processes"
+    (tmp_path/'job.py').write_text(script)
+    launcher = ['-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', str(n), '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no',
+                '--main_process_port', '0']
+    env = {**os.environ, 'PYTHONPATH': str(root), 'OMP_NUM_THREADS': '1', 'ACCELERATE_USE_CPU': 'true', 'CUDA_VISIBLE_DEVICES': ''}
+    return subprocess.run([sys.executable, *launcher, str(tmp_path/'job.py'), str(tmp_path/f'out{n}'), str(images), mode], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+
+@pytest.fixture(scope='module')
+def both(tmp_path_factory, images):
+    "The same jobs by one process and by two: folders, and the output of the two"
+    tmp = tmp_path_factory.mktemp('both')
+    two = launch(tmp, images, 'all')
+    assert two.returncode == 0, two.stdout + two.stderr
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(sys, 'argv', ['job.py', str(tmp/'out1'), str(images), 'digits'])
+        runpy.run_path(str(tmp/'job.py'))
+    return tmp/'out1',tmp/'out2',two.stdout
+
+def test_same_losses_as_one_process(both):
+    "Every step's loss and every epoch's metrics; sums are taken in another order, so they agree to rounding"
+    for a,b in zip(*(read_records(o/'digits'/'records.jsonl') for o in both[:2])):
+        assert a['n_steps'] == b['n_steps'] == 2*(1400//36) and a['data'] == b['data']
+        for k in 'step','rect': assert a['steps'][k] == b['steps'][k]
+        for k in 'loss','lr','mom': assert b['steps'][k] == pytest.approx(a['steps'][k], rel=1e-4)
+        for e,f in zip(a['epochs'], b['epochs']):
+            assert f['accuracy'] == pytest.approx(e['accuracy'], abs=1.01/397) # one image may fall on the other side
+            for k in 'train_loss','valid_loss': assert f[k] == pytest.approx(e[k], rel=1e-4)
+        assert (a['device']['processes'], b['device']['processes']) == (1, 2)
+
+def test_same_parameters_in_both_processes(both):
+    a,b = (torch.load(both[1]/f'params-{rank}.pt') for rank in range(2))
+    assert all(torch.equal(x, y) for x,y in zip(a, b))
+    kept = load_checkpoint(both[1]/'digits'/'adam-0.pth')['model']
+    assert all(torch.equal(x, y) for x,y in zip(a, kept.values()))
+
+def test_the_first_process_writes_and_prints(both):
+    out = both[2]
+    assert out.count('ranger-0\n') == 1 and out.count('xresnet18-radam-42: finished before') == 1
+    assert [r['run'] for r in read_records(both[1]/'images'/'records.jsonl')] == ['xresnet18-radam-42','xresnet18-radam-43']
+    assert sorted(p.name for p in (both[1]/'digits').iterdir()) == sorted(p.name for p in (both[0]/'digits').iterdir())
+    assert 'done 0' in out and 'done 1' in out
+
+@pytest.mark.slow
+def test_the_death_of_a_process_ends_the_job(tmp_path, images):
+    start = time.monotonic()
+    res = launch(tmp_path, images, 'die')
+    assert res.returncode != 0 and time.monotonic()-start < 120
+    assert 'exitcode  : 3' in res.stderr and 'rank' in res.stderr # the launcher says which, and how
+    assert load_checkpoint(tmp_path/'out2'/'digits'/'ranger-0.pth')['epoch'] == 1 # what was done is there

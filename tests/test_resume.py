@@ -1,0 +1,282 @@
+"""A job that is killed at any moment ends, when it is resumed, with the numbers of a job that was not."""
+import os, random, shutil, signal, sys, time
+from functools import partial
+from pathlib import Path
+
+import pytest, torch
+from fastai.callback.core import Callback
+from filelock import FileLock
+
+from radam_fastai.recipes import demo, imagenette, jobs
+from radam_fastai.recipes.checkpoint import epoch_seed, load_checkpoint, save_checkpoint
+from radam_fastai.recipes.jobs import Run, run_job
+from radam_fastai.recipes.runs import OptionError, RecipeError, read_records
+
+pytestmark = pytest.mark.usefixtures('tiny')
+quick = dict(arch='xresnet18', size=32, bs=16, epochs=3, workers=0, preset='over9000-radam')
+times = 'secs','train_secs','began','sittings'
+
+def numbers(o):
+    "A record without its times"
+    if isinstance(o, dict): return {k: numbers(v) for k,v in o.items() if k not in times}
+    return [numbers(v) for v in o] if isinstance(o, list) else o
+
+def same(a, b, at=''):
+    "Assert that two checkpoints hold the same bits"
+    assert type(a) == type(b), at
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), at
+        for k in a:
+            if k not in times: same(a[k], b[k], f'{at}.{k}')
+    elif isinstance(a, list):
+        assert len(a) == len(b), at
+        for i,(x,y) in enumerate(zip(a, b)): same(x, y, f'{at}[{i}]')
+    elif isinstance(a, torch.Tensor): assert a.dtype == b.dtype and torch.equal(a, b), at
+    else: assert a == b, at
+
+def equal_jobs(a, b):
+    "Assert that two folders hold the same runs: records, checkpoints, and files of the same names"
+    ra,rb = (read_records(p/'records.jsonl') for p in (a, b))
+    assert len(ra) == len(rb) and numbers(ra) == numbers(rb)
+    assert sorted(p.name for p in a.iterdir()) == sorted(p.name for p in b.iterdir())
+    for p in a.glob('*.pth'): same(load_checkpoint(p), load_checkpoint(b/p.name), p.name)
+    for p in a.glob('*.csv'): assert p.read_bytes() == (b/p.name).read_bytes()
+
+class Stop(Callback):
+    "Be interrupted before batch `batch` of the whole run"
+    order = 200
+    def __init__(self, batch): self.batch = batch
+    def before_batch(self):
+        if self.training and self.train_iter == self.batch: raise KeyboardInterrupt
+
+def stopped_at(monkeypatch, batch):
+    get = imagenette.get_learner
+    monkeypatch.setattr(imagenette, 'get_learner', lambda *a: get(*a).add_cb(Stop(batch)))
+
+variants = dict(radam=dict(sched='one_cycle'), ranger=dict(opt='ranger', channels_last=True, n_items=40, bs=8),
+    adam=dict(opt='adam', mixup=.4, sh=.3, sa=True, act_fn='Mish', workers=2, aug='resize'))
+
+@pytest.mark.parametrize('variant', variants)
+def test_resumed_equals_uninterrupted(images, tmp_path, monkeypatch, variant):
+    kw = {**quick, 'path':images, 'keep':True, **variants[variant]}
+    imagenette.main(**kw, out=tmp_path/'whole')
+    with monkeypatch.context() as m:
+        stopped_at(m, 6)
+        with pytest.raises(KeyboardInterrupt): imagenette.main(**kw, out=tmp_path/'part')
+    kw['workers'] = 2-kw['workers'] # how many processes read is no part of the run
+    ckpt, = (tmp_path/'part').glob('*.pth')
+    assert load_checkpoint(ckpt)['epoch'] == 1
+    record, = imagenette.main(**kw, out=tmp_path/'part', resume=True)
+    assert [s['epoch'] for s in record['sittings']] == [0, 1]
+    equal_jobs(tmp_path/'whole', tmp_path/'part')
+
+# Killed from outside
+
+def in_child(f):
+    "Run `f` in a forked process: its id"
+    if pid := os.fork(): return pid
+    try:
+        sys.stdout = sys.stderr = open(os.devnull, 'w')
+        f()
+        os._exit(0)
+    except BaseException: os._exit(1)
+
+def kill_after(f, secs):
+    "Run `f` in a process that is killed after `secs` seconds, unless it has ended: its exit status, -9 if it was killed"
+    pid,end = in_child(f),time.monotonic()+secs
+    while time.monotonic() < end:
+        done,status = os.waitpid(pid, os.WNOHANG)
+        if done: return os.waitstatus_to_exitcode(status)
+        time.sleep(.002)
+    os.kill(pid, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+def small_job(out, resume=False):
+    "Two runs of the demo's network with a few batches an epoch"
+    def make(opt): return demo.get_learner(opt, 256)
+    run_job([Run(f'{opt}-1', 1, dict(opt=opt), partial(make, opt), lambda l: l.fit_one_cycle(4, 1e-2), dict(name='digits')) for opt in ('ranger','adam')],
+            out, 'demo', resume, keep=True)
+
+@pytest.fixture(scope='module')
+def uninterrupted(tmp_path_factory): return tmp_path_factory.mktemp('whole'),[]
+
+@pytest.fixture
+def whole(tiny, uninterrupted):
+    "The small job, uninterrupted, and how long it takes"
+    out,secs = uninterrupted
+    if not secs:
+        start = time.monotonic()
+        assert kill_after(partial(small_job, out), 100) == 0
+        secs.append(time.monotonic()-start)
+    return out,secs[0]
+
+def killed(whole, out, seed):
+    "Kill the small job at random moments until it ends: how often it was killed"
+    rng,kills = random.Random(seed),0
+    while (status := kill_after(partial(small_job, out, resume=True), rng.uniform(0, 1.2)*whole[1] if kills < 4 else 100)):
+        assert status == -9, 'it failed'
+        kills += 1
+    equal_jobs(whole[0], out)
+    return kills
+
+@pytest.mark.parametrize('seed', range(1))
+def test_killed_at_random_moments(whole, tmp_path, seed): killed(whole, tmp_path/'out', seed)
+
+@pytest.mark.slow
+def test_killed_at_many_random_moments(whole, tmp_path):
+    kills,seed = 0,100
+    while kills < 20: kills,seed = kills + killed(whole, tmp_path/f'{seed}', seed),seed+1
+
+dangerous = {'checkpoint half-written': (torch, 'save'), 'checkpoint not yet in place': (os, 'replace'), 'record not yet written': (jobs, 'append_record'),
+    'record written, checkpoint still there': (jobs, 'save_run'), 'report not yet written': (jobs, 'report')}
+
+@pytest.mark.parametrize('moment', dangerous)
+def test_killed_at_dangerous_moments(whole, tmp_path, monkeypatch, moment):
+    "At the second call of a function: killed before it does anything, or, writing a checkpoint, with half of it done"
+    where,name = dangerous[moment]
+    f,calls = getattr(where, name),[]
+    def die(*a, **kw):
+        calls.append(0)
+        if len(calls) == 2 or name == 'report':
+            if name == 'save':
+                f(*a, **kw)
+                os.truncate(a[1], os.path.getsize(a[1])//2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return f(*a, **kw)
+    out = tmp_path/'out'
+    with monkeypatch.context() as m:
+        m.setattr(where, name, die)
+        assert kill_after(partial(small_job, out), 100) == -9
+    assert kill_after(partial(small_job, out, resume=True), 100) == 0
+    equal_jobs(whole[0], out)
+
+# What is not gone on with
+
+def one(out, lr=.01, name='radam-0', seed=0, epochs=2, resume=False, data=dict(name='digits'), cbs=None, opt='radam', **kw):
+    def make(): return demo.get_learner(opt, 256).add_cbs(cbs)
+    return run_job([Run(name, seed, dict(opt=opt, lr=lr, epochs=epochs), make, lambda l: l.fit_flat_cos(epochs, lr), data)], out, 'demo', resume, **kw)
+
+@pytest.fixture(scope='module')
+def part_once(tmp_path_factory):
+    out = tmp_path_factory.mktemp('once')/'part'
+    with pytest.raises(KeyboardInterrupt): one(out, cbs=Stop(7))
+    return out
+
+@pytest.fixture
+def part(part_once, tmp_path):
+    "A folder with a run that was interrupted in its second epoch"
+    return shutil.copytree(part_once, tmp_path/'part')
+
+@pytest.mark.parametrize('change,says', [(dict(lr=.1), 'lr 0.01, not 0.1'), (dict(epochs=3), 'epochs 2, not 3'), (dict(opt='adam'), 'opt radam, not adam'),
+    (dict(seed=7), 'seed 0, not 7'), (dict(data=dict(name='letters')), 'data with name digits, not letters')])
+@pytest.mark.parametrize('finished', [False, True])
+def test_other_options_are_named(part, change, says, finished):
+    if finished: one(part, resume=True)
+    before = {p.name: p.read_bytes() for p in part.iterdir()}
+    with pytest.raises(OptionError, match=f'radam-0 in .*part was begun with {says}: give'): one(part, **change, resume=True)
+    assert {p.name: p.read_bytes() for p in part.iterdir()} == before
+
+def test_without_resume_nothing_is_touched(part):
+    before = (part/'radam-0.pth').read_bytes()
+    r, = one(part)
+    assert r['run'] == 'radam-0-2' and (part/'radam-0.pth').read_bytes() == before
+    assert one(part)[0]['run'] == 'radam-0-3'
+    assert [r['run'] for r in read_records(part/'records.jsonl')] == ['radam-0-2','radam-0-3'] and (part/'radam-0-2.csv').exists()
+
+def test_finished_runs_are_not_repeated(tmp_path, monkeypatch):
+    done = one(tmp_path)
+    monkeypatch.setattr(jobs, 'train_run', lambda *a: pytest.fail('it trained'))
+    assert one(tmp_path, resume=True) == done
+
+def test_a_run_without_its_record_is_not_repeated(tmp_path, monkeypatch):
+    "The checkpoint goes after the record is there: a job that ends between the last epoch and the record has lost nothing"
+    def interrupt(*a): raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(jobs, 'append_record', interrupt)
+        with pytest.raises(KeyboardInterrupt): one(tmp_path)
+    monkeypatch.setattr(demo, 'get_learner', lambda *a: pytest.fail('it trained again'))
+    r, = one(tmp_path, resume=True)
+    assert read_records(tmp_path/'records.jsonl') == [r] and len(r['epochs']) == 2 and not list(tmp_path.glob('*.pth'))
+
+def mutate(path, rng):
+    "Damage a file in one of several ways: which"
+    b,how = bytearray(path.read_bytes()),rng.choice(['cut','flip','zero','append','swap'])
+    i = rng.randrange(len(b))
+    if how == 'cut': b = b[:i]
+    if how == 'flip': b[i] ^= 1 << rng.randrange(8)
+    if how == 'zero': b[i:i+64] = bytes(len(b[i:i+64]))
+    if how == 'append': b += rng.randbytes(99)
+    if how == 'swap': b[i:i+200] = b[i:i+200][::-1]
+    path.write_bytes(b)
+    return how
+
+@pytest.mark.parametrize('seed', range(30))
+def test_damaged_checkpoints(part, seed):
+    "Refused with the file's name, or, where the damage is in no data, read as it was"
+    path,rng = part/'radam-0.pth',random.Random(seed)
+    good = load_checkpoint(path)
+    mutate(path, rng)
+    try: same(load_checkpoint(path), good)
+    except RecipeError as e: assert str(path) in str(e) and len(str(e).splitlines()) == 1
+
+def test_damaged_checkpoint_stops_the_job(part):
+    path = part/'radam-0.pth'
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(RecipeError, match='radam-0.pth is not a whole checkpoint .*: delete it'): one(part, resume=True)
+
+class Evil:
+    "Touches a file when it is unpickled"
+    def __init__(self, path): self.path = path
+    def __reduce__(self): return os.system, (f'touch {self.path}',)
+
+def test_checkpoints_run_no_code(tmp_path):
+    torch.save(dict(model=Evil(tmp_path/'ran')), tmp_path/'a.pth')
+    with pytest.raises(RecipeError, match='it is not only data'): load_checkpoint(tmp_path/'a.pth')
+    assert not (tmp_path/'ran').exists()
+
+@pytest.mark.parametrize('state', [[1], dict(a=1), dict(model={}, opt={})])
+def test_other_files_are_no_checkpoints(tmp_path, state):
+    save_checkpoint(tmp_path/'a.pth', state)
+    with pytest.raises(RecipeError, match='a.pth is no checkpoint of a recipe'): load_checkpoint(tmp_path/'a.pth')
+
+@pytest.mark.parametrize('what,change', [('model', lambda s: s['model'].popitem()), ('shape', lambda s: s['model'].update({'5.bias': torch.ones(3)})),
+    ('state', lambda s: s['opt']['state'].pop()), ('average', lambda s: s['opt']['state'][0].update(grad_avg=torch.ones(3)))])
+def test_checkpoint_that_does_not_fit(part, what, change):
+    state = load_checkpoint(part/'radam-0.pth')
+    change(state)
+    save_checkpoint(part/'radam-0.pth', state)
+    with pytest.raises(RecipeError, match='the checkpoint of radam-0 does not fit the model or the optimizer: '): one(part, resume=True)
+    assert not (part/'records.jsonl').exists()
+
+def test_one_job_at_a_time(part):
+    with FileLock(part/'.lock'):
+        with pytest.raises(OptionError, match='another job is writing there'): one(part)
+    one(part) # free again
+
+def test_a_killed_job_leaves_no_lock(whole, tmp_path):
+    assert kill_after(partial(small_job, tmp_path/'out'), whole[1]/2) == -9
+    with jobs.only_job(tmp_path/'out'): pass
+
+def test_half_written_files_are_removed(part):
+    (part/'.tmp-another.pth').write_bytes(b'half')
+    one(part, resume=True)
+    assert not list(part.glob('.tmp-*'))
+
+def test_disk_full_while_saving(part, monkeypatch):
+    before = (part/'radam-0.pth').read_bytes()
+    def full(*a): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(torch, 'save', full)
+    with pytest.raises(RecipeError, match='could not write .*radam-0.pth: No space left on device'): one(part, resume=True)
+    assert (part/'radam-0.pth').read_bytes() == before
+
+def test_epoch_seeds():
+    assert len({epoch_seed(s, e) for s in range(50) for e in range(200)}) == 10_000
+    assert epoch_seed(2**31, 999) == epoch_seed(2**31, 999)
+
+def test_random_numbers_of_an_epoch_do_not_depend_on_those_before(tmp_path):
+    "A callback that draws numbers in the first epoch changes nothing in the order of the second"
+    class Draw(Callback):
+        def __init__(self, n): self.n = n
+        def after_train(self): torch.rand(self.n), random.random()
+    a,b = one(tmp_path/'a', cbs=Draw(1)),one(tmp_path/'b', cbs=Draw(9))
+    assert a[0]['steps'] == b[0]['steps']

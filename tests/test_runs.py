@@ -1,0 +1,174 @@
+"""What recipes share: records that survive, files that are whole, numbers that are right, reports from records alone."""
+import errno, json, os, resource, signal
+
+import numpy as np, pandas as pd, pytest
+from fastai.callback.core import Callback, CancelStepException
+from fastai.callback.training import GradientAccumulation
+from PIL import Image
+
+from radam_fastai.callback import RectifierRecorder
+from radam_fastai.recipes import demo
+from radam_fastai.recipes.jobs import Run, run_job
+from radam_fastai.recipes.report import compare, groups, mean_std, report, summary
+from radam_fastai.recipes.runs import (OPTS, RecipeError, RunRecorder, append_record, check_ranges, read_records, rectifier_summary,
+                                       replacing, steps_frame)
+from radam_fastai.rectify import rectification
+
+# The file of records
+
+def test_records_come_back(tmp_path):
+    recs = [dict(run=i, text='ä\n\u2028', loss=[.1, float('inf'), None]) for i in range(3)]
+    for r in recs: append_record(tmp_path/'new'/'records.jsonl', r)
+    assert read_records(tmp_path/'new'/'records.jsonl') == recs
+
+@pytest.mark.parametrize('cut', [1, 5, -1])
+def test_half_a_line_loses_nothing_else(tmp_path, cut):
+    path = tmp_path/'records.jsonl'
+    append_record(path, dict(run=1))
+    with path.open('a') as f: f.write(json.dumps(dict(run=2))[:cut])
+    with pytest.warns(UserWarning, match='records.jsonl: line 2 is not a whole record'): assert read_records(path) == [dict(run=1)]
+    append_record(path, dict(run=3))
+    with pytest.warns(UserWarning, match='line 2'): assert read_records(path) == [dict(run=1), dict(run=3)]
+
+@pytest.mark.parametrize('line', [b'17\n', b'\xff\xfe\n', b'{"a":\n'])
+def test_lines_that_are_no_records(tmp_path, line):
+    path = tmp_path/'records.jsonl'
+    path.write_bytes(b'{"run": 1}\n' + line)
+    with pytest.warns(UserWarning, match='line 2'): assert read_records(path) == [dict(run=1)]
+
+def test_whole_last_line_without_newline(tmp_path):
+    path = tmp_path/'records.jsonl'
+    path.write_text('{"run": 1}')
+    append_record(path, dict(run=2))
+    assert read_records(path) == [dict(run=1), dict(run=2)]
+
+@pytest.fixture
+def no_space():
+    "Files cannot grow beyond 100 kB: writing more fails, as on a full disk"
+    soft,hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    signal.signal(signal.SIGXFSZ, old)
+
+def test_full_disk_keeps_the_records(tmp_path, no_space):
+    path = tmp_path/'records.jsonl'
+    append_record(path, dict(run=1))
+    before = path.read_bytes()
+    with pytest.raises(RecipeError, match=f'could not write {path}: File too large'): append_record(path, dict(run=2, big='x'*200_000))
+    assert path.read_bytes() == before
+
+def test_full_disk_keeps_the_file(tmp_path, no_space):
+    path = tmp_path/'a.bin'
+    with replacing(path) as tmp: tmp.write_bytes(b'old')
+    with pytest.raises(RecipeError, match='could not write .*a.bin: File too large'):
+        with replacing(path) as tmp: tmp.write_bytes(b'x'*200_000)
+    assert path.read_bytes() == b'old' and [p.name for p in tmp_path.iterdir()] == ['a.bin']
+
+def test_nothing_changes_before_the_file_takes_its_place(tmp_path, monkeypatch):
+    path = tmp_path/'a.bin'
+    path.write_bytes(b'old')
+    def fails(*a): raise OSError(errno.EIO, 'Input/output error')
+    monkeypatch.setattr(os, 'replace', fails)
+    with pytest.raises(RecipeError, match='Input/output error'):
+        with replacing(path) as tmp: tmp.write_bytes(b'new')
+    assert path.read_bytes() == b'old'
+
+def test_full_disk_is_named(tmp_path):
+    with pytest.raises(RecipeError, match='No space left on device'): append_record('/dev/full', dict(run=1))
+
+# The recorder
+
+def one_run(opt, out, cbs=None, fit=lambda l: l.fit_one_cycle(1, 1e-3)):
+    "The record of one demo run, and its learner"
+    kept = []
+    def make(): return kept.append(demo.get_learner(opt).add_cbs(cbs)) or kept[-1]
+    r, = run_job([Run(f'{opt}-0', 0, dict(opt=opt), make, fit, dict(name='digits'))], out, 'demo')
+    return r,kept[0]
+
+@pytest.mark.parametrize('opt', OPTS)
+def test_steps_and_epochs(opt, tmp_path):
+    r,learn = one_run(opt, tmp_path, RectifierRecorder(table=False) if opt!='adam' else None)
+    rects = [rectification(t, .99) if opt!='adam' else None for t in range(1, 23)]
+    assert r['steps']['step'] == list(range(1, 23)) and r['steps']['rect'] == rects
+    assert r['steps']['lr'] == pytest.approx([float(o) for o in learn.recorder.lrs])
+    assert np.allclose(r['steps']['effective_lr'], [lr*(1 if o is None else o) for lr,o in zip(r['steps']['lr'], rects)])
+    train,valid,acc = learn.recorder.values[0]
+    assert {k: r['epochs'][0][k] for k in ('train_loss','valid_loss','accuracy')} == dict(train_loss=train, valid_loss=valid, accuracy=acc)
+    assert r['epochs'][0]['secs'] >= r['epochs'][0]['train_secs'] > 0 and r['secs'] >= r['epochs'][0]['secs']
+    assert (r['rectifier'] is None) == (opt=='adam')
+    hypers, = r['hypers']
+    assert hypers['eps'] == 1e-6 and hypers['lr'] == r['steps']['lr'][0] == pytest.approx(1e-3/25)
+    assert set(r['versions']) == {'python','torch','fastai','radam_fastai'} and r['device']['name']
+    assert read_records(tmp_path/'records.jsonl') == [r]
+    df = pd.read_csv(tmp_path/f'{opt}-0.csv')
+    assert df.loss.tolist() == pytest.approx(r['steps']['loss'], rel=1e-12)
+    if opt == 'adam': assert df.rect.isna().all() and df.adaptive.all() and (df.effective_lr == df.lr).all()
+    else:
+        theirs = learn.rectifier.to_frame() # the same columns by another recorder
+        for c in 'step','rho','rect','lr','effective_lr','mom','sqr_mom': assert np.allclose(df[c], theirs[c], equal_nan=True, rtol=1e-9), c
+        assert (df.adaptive == theirs.adaptive).all()
+
+def test_accumulated_gradients_are_one_step():
+    learn,rec = demo.get_learner('radam'),RunRecorder()
+    with learn.no_bar(),learn.no_logging(): learn.fit(1, cbs=[GradientAccumulation(128), rec])
+    assert [s['step'] for s in rec.steps] == list(range(1, 12))
+
+class SkipAt(Callback):
+    def __init__(self, *at): self.at = at
+    def before_step(self):
+        if self.train_iter in self.at: raise CancelStepException()
+
+def test_skipped_steps_are_not_recorded():
+    "As in half precision, whose first step often overflows"
+    learn,rec = demo.get_learner('radam'),RunRecorder()
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=[rec, SkipAt(0, 3)])
+    assert [s['step'] for s in rec.steps] == list(range(1, len(learn.dls.train)-1))
+
+def test_rectifier_summary():
+    steps = [dict(step=t, rect=rectification(t, .99)) for t in range(1, 21)]
+    summ = rectifier_summary(steps)
+    assert (summ['first_adaptive'], summ['n_momentum'], summ['last']) == (6, 5, rectification(20, .99))
+    assert rectifier_summary(steps[:5]) is None
+
+# Reports
+
+def rec(opt='a', seed=0, acc=.7, options={}, **kw):
+    epoch = dict(epoch=0, step=1, train_loss=1., valid_loss=1., accuracy=acc, train_secs=1., secs=1.)
+    steps = dict(step=[1], loss=[1.], lr=[.1], effective_lr=[.1], rect=[None])
+    return {**dict(run=f'{opt}-{seed}', recipe='r', opt=opt, seed=seed, secs=60., epochs=[epoch], options=dict(opt=opt, **options), data=dict(name='d', train=1, valid=1),
+                   n_steps=1, rectifier=None, steps=steps, hypers=[dict(sqr_mom=.9)], versions=dict(torch='1', fastai='2'), device=dict(name='m', threads=1)), **kw}
+
+def test_groups_are_by_setting_and_not_by_seed():
+    recs = [rec(o, s, options=dict(lr=lr, bs=8)) for o in 'ab' for lr in (.1,.2) for s in range(3)]
+    assert {k: [r['seed'] for r in rs] for k,rs in groups(recs).items()} == {f'{o}, lr {lr}': [0,1,2] for o in 'ab' for lr in (.1,.2)}
+    assert list(groups([rec(preset='p', changed=[]), rec(preset='p', changed=['lr'], options=dict(lr=1))])) == ['p', 'a, lr 1']
+    other_data = groups([rec(), rec(seed=1, data=dict(name='e', train=1, valid=1))])
+    assert len(other_data) == 2 # not averaged, though nothing in their options differs
+
+def test_summary_against_numpy():
+    accs = [.71, .75, .70]
+    df = summary([rec(seed=s, acc=a, published=dict(metric='accuracy', mean=.7, std=.1, runs=20, source='s')) for s,a in enumerate(accs)])
+    assert df.accuracy[0] == f'{np.mean(accs):.4f} ± {np.std(accs, ddof=1):.4f}' and df.n[0] == 3
+    error = (np.var(accs, ddof=1)/3 + .1**2/20)**.5
+    assert df.difference[0] == f'+{np.mean(accs)-.7:.4f}, {(np.mean(accs)-.7)/error:.1f} standard errors'
+    assert df.published[0] == '0.7000 ± 0.1000 (20 runs)'
+
+@pytest.mark.parametrize('vals,pub,text', [([.7], dict(mean=.8, std=.1, runs=5), '-0.1000, from one run'), ([.7,.7], dict(mean=.7), '+0.0000'),
+    ([.7,.9], dict(mean=.7), '+0.1000, 1.0 standard errors of ours'), ([.7,.9], dict(mean=.7, unlike='other data'), 'not to be compared: other data')])
+def test_compare(vals, pub, text): assert compare(vals, pub) == text
+
+def test_report_needs_records_alone(cli, tmp_path):
+    for o in 'ab': append_record(tmp_path/o/'records.jsonl', rec(o))
+    status,out,err = cli('imagenette', '--report', tmp_path)
+    assert status == 0 and '0.7000' in out, err
+    for f in 'table.md','all.png','a/a-0.csv','a/a-0.png','b/b-0.png': assert (tmp_path/f).exists(), f
+    assert Image.open(tmp_path/'all.png').size[0] > 500
+    status,_,err = cli('imagenette', '--report', tmp_path/'nowhere')
+    assert status == 2 and 'no such folder' in err and len(err.splitlines()) == 1
+
+def test_mean_std():
+    assert mean_std([.7,.8,.9]) == '0.8000 ± 0.1000' and mean_std([.7]) == '0.7000'
+
+def test_ranges(): check_ranges(dict(lr=None))
