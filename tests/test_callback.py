@@ -60,6 +60,55 @@ def test_effective_lr_is_what_moved_the_weights(name):
         assert row.rect == pytest.approx(plain_rect(t, .99, 5)) if row.adaptive else math.isnan(row.rect) and plain_rect(t, .99, 5) is None
         assert row.rho == pytest.approx(199-2*t*.99**t/(1-.99**t))
 
+class Felt(Callback):
+    "The learning rate that each update had, read from what it did to the first weight of each group: Δp against m̂/(sqrt(v̂)+eps), and against m̂ in the momentum phase"
+    def before_step(self): self.before = [self._first(i).detach().clone() for i in range(2)]
+    def _first(self, i): return self.model[i].weight
+    def after_step(self):
+        self.rates = getattr(self, 'rates', ([], []))
+        for i in range(2):
+            w,h = self._first(i),self.opt.hypers[i]
+            if w.grad is None: continue
+            s = (self.opt.opt if isinstance(self.opt, OptimWrapper) else self.opt).state.get(w, {})
+            if 'step' not in s: self.rates[i].append(0.); continue # skipped before the first
+            m,v = ((s[k] if k in s else s[o]).double() for k,o in (('grad_avg', 'exp_avg'), ('sqr_avg', 'exp_avg_sq')))
+            t,moved = int(s['step']),(w.detach()-self.before[i]).double()
+            debias = math.sqrt(1-h['sqr_mom']**t)
+            eps = h['eps']/(debias if isinstance(self.opt, OptimWrapper) else 1)
+            unit = m/(1-h['mom']**t)
+            if 199-2*t*.99**t/(1-.99**t) > 5: unit = unit/(v.sqrt()/debias+eps)
+            self.rates[i].append(-((moved*unit).sum()/(unit*unit).sum()).item())
+
+def skipped(learn): learn.fit_one_cycle(3, .01, cbs=SkipAt(0, 7, 8, 15))
+def accumulated(learn): learn.fit_one_cycle(6, .01, cbs=GradientAccumulation(8))
+def frozen(learn):
+    learn.freeze()
+    learn.fit(1, .01)
+    learn.unfreeze()
+    learn.fit(2, slice(.001, .01))
+def late(learn):
+    learn.model[0].requires_grad_(False)
+    learn.fit(1, .01)
+    learn.model[0].requires_grad_(True)
+    learn.fit(2, .01)
+def resumed(learn):
+    learn.fit(2, .01)
+    learn.save('half')
+    learn.fit(1, .02)
+    learn.load('half')
+    learn.fit(2, .01)
+
+@pytest.mark.parametrize('name', ['RAdam', 'wrapper', 'fastai', 'torch'])
+@pytest.mark.parametrize('run', [skipped, accumulated, frozen, late, resumed])
+def test_effective_lr_is_what_moved_the_weights_whatever_happens(name, run, tmp_path):
+    learn = get_learner(opts[name], path=tmp_path, wd=0.)
+    learn.add_cb(felt := Felt())
+    run(learn)
+    df = learn.rectifier.to_frame()
+    for group in range(2):
+        assert len(felt.rates[group]) > 6
+        assert df.effective_lr[df.group == group].tolist() == pytest.approx(felt.rates[group], rel=2e-3, abs=1e-9)
+
 @pytest.mark.parametrize('name', ['torch', 'author', 'paper'])
 def test_settings_are_followed(name):
     kw = reference_settings[name]
