@@ -11,7 +11,7 @@ A learning rate of .01 under RAdam is not .01: for the first updates it is momen
 # %% auto #0
 __all__ = ['EVENTS', 'PUBLISHED', 'RectifierRecorder', 'LogTo', 'check_csv', 'append_whole', 'KeepGoing', 'rectified_lr_find', 'layer_parameters', 'sample_coordinates', 'check_whole', 'UpdateCallback', 'histogram', 'GradientHistogram', 'check_steps', 'log_edges', 'squared_averages', 'squared_gradients', 'lr_variances', 'AdaptiveLRVariance', 'squared_average', 'check_adaptive']
 
-# %% ../nbs/10_callback.ipynb #ad038879
+# %% ../nbs/10_callback.ipynb #46a27277
 import errno
 import os
 import warnings
@@ -34,9 +34,9 @@ from fastcore.basics import patch
 from fastcore.meta import delegates
 
 from .plot import new_axes, plot_lr, plot_rect
-from .readout import read, read_last, rectifier, state_of, step_counts
+from .readout import in_finder, read, read_last, rectifier, step_counts, updates_made
 
-# %% ../nbs/10_callback.ipynb #f6c69d2f
+# %% ../nbs/10_callback.ipynb #43de6969
 EVENTS = '', 'skipped', 'restart'
 
 class RectifierRecorder(Callback):
@@ -51,7 +51,7 @@ class RectifierRecorder(Callback):
         self.data,self.last,self.saved = array('d'),{},0
 
     def before_fit(self):
-        self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self, 'gather_preds')
+        self.run = not in_finder(self.learn) and not hasattr(self, 'gather_preds')
         self.how,self.skipped,self.epoch_start,self.csv_failed = rectifier(self.opt),False,None,False
         if not self.run: return
         self._retract()
@@ -226,7 +226,7 @@ class KeepGoing(Callback):
             warnings.warn(f"{type(self.cb).__name__} failed in {event_name} and takes no further part in this fit: {e}")
             self.cb.run = False
 
-# %% ../nbs/10_callback.ipynb #e00d3976
+# %% ../nbs/10_callback.ipynb #49c571f4
 class _TakenLR(Callback):
     "Have `Recorder` keep the effective learning rate"
     order,run_valid = Recorder.order+1,False
@@ -237,8 +237,8 @@ def _check_finder(opt, num_it):
     "Raise a `ValueError` unless the updates that suggestions are made from are adaptive"
     how = rectifier(opt)
     if how is None: raise ValueError(f"{type(opt).__name__} has no rectifier: use learn.lr_find")
-    taken,sqr_mom = max((int(s.get('step', 0)) for s in state_of(opt).values()), default=0),opt.hypers[-1]['sqr_mom']
-    if how.rule(taken + num_it//10 + 1, sqr_mom) is None:
+    sqr_mom = opt.hypers[-1]['sqr_mom']
+    if how.rule(updates_made(opt) + num_it//10 + 1, sqr_mom) is None:
         raise ValueError(f"num_it={num_it} with sqr_mom={sqr_mom:g}: suggestions leave out the first tenth of the updates, which has to cover the momentum phase: use a larger num_it (or learn.lr_find, if sqr_mom is too small to rectify)")
 
 @delegates(Learner.lr_find)
@@ -263,7 +263,7 @@ def rectified_lr_find(
         if had_opt: learn.opt.set_hypers(**hypers)
         else: learn.opt = None
 
-# %% ../nbs/11_gradients.ipynb #d82628ab
+# %% ../nbs/11_gradients.ipynb #c44b3771
 import math
 from difflib import get_close_matches
 from numbers import Integral
@@ -274,14 +274,13 @@ import numpy as np
 import pandas as pd
 import torch
 from fastai.callback.core import Callback
-from fastai.callback.schedule import LRFinder
 from fastai.optimizer import OptimWrapper, average_sqr_grad, step_stat
 from fastai.torch_core import get_model
 from fastcore.basics import patch
 from torch import nn
 
 from .plot import new_axes, plot_gradient_heatmap, plot_gradient_ridge, plot_lr_variance
-from .readout import state_of
+from .readout import in_finder, state_of
 from .rectify import adaptive_lr_variance, rho
 
 # %% ../nbs/11_gradients.ipynb #048028da
@@ -317,7 +316,7 @@ def check_whole(
     "Raise a `ValueError` unless `value` is a whole number of at least 1"
     if not isinstance(value, Integral) or value < 1: raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
 
-# %% ../nbs/11_gradients.ipynb #40386fa3
+# %% ../nbs/11_gradients.ipynb #1b4220c4
 class UpdateCallback(Callback):
     "Count the updates of all fits, and choose coordinates of the parameters: what both recorders share"
     order,run_valid = 100,False # behind all that changes gradients: unscaling has order 10, clipping 11
@@ -330,7 +329,7 @@ class UpdateCallback(Callback):
 
     def before_fit(self): self.on,self.skipped = False,False
     def before_train(self):
-        if self.on or any(isinstance(cb, LRFinder) for cb in self.learn.cbs): return
+        if self.on or in_finder(self.learn): return
         self.prepare()
         self.on = True
 

@@ -64,7 +64,7 @@ class RuledAdam(Optimizer):
         self._buckets = Buckets(fastai_keys)
         self._checked_hypers()
 
-# %% ../nbs/04_optimizer.ipynb #ec6b37d1
+# %% ../nbs/04_optimizer.ipynb #2d11d4b5
 class RAdam(RuledAdam):
     "Rectified Adam with decoupled weight decay or L2 (Algorithm 2 of arXiv:1908.03265), a drop-in for `fastai.optimizer.RAdam`"
     def __init__(self,
@@ -85,7 +85,6 @@ class RAdam(RuledAdam):
         check_threshold(threshold)
         super().__init__(params, partial(rectification, threshold=threshold), decouple_wd=decouple_wd, eps_debiased=eps_debiased, sgd_phase=sgd_phase,
                          maximize=maximize, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, beta=beta)
-        self.settings['threshold'] = threshold
 
 # %% ../nbs/04_optimizer.ipynb #6922c592
 _hypers = 'lr','mom','sqr_mom','eps','wd','beta'

@@ -9,12 +9,12 @@ __all__ = ['COLORS', 'variance_lines', 'color', 'new_axes', 'update_numbers', 'p
            'density_per_decade', 'occupied', 'plot_gradient_ridge', 'plot_gradient_heatmap', 'plot_lr_variance',
            'plot_runs', 'plot_summary']
 
-# %% ../nbs/07_plot.ipynb #9c36d96e
+# %% ../nbs/07_plot.ipynb #0e66ca9d
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from .rectify import implied_warmup, untuned_exponential, untuned_linear
+from .rectify import untuned_exponential, untuned_linear
 
 # %% ../nbs/07_plot.ipynb #b899a541
 COLORS = plt.style.library['tableau-colorblind10']['axes.prop_cycle'].by_key()['color']

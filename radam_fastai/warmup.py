@@ -124,7 +124,7 @@ class SGD(RuledAdam):
 
 SGDFn = partial(SGD, wd=RAdamFn.keywords['wd'])
 
-# %% ../nbs/09_advisor.ipynb #ed5e1539
+# %% ../nbs/09_advisor.ipynb #34f61632
 import math
 import warnings
 from bisect import bisect_right
@@ -133,13 +133,13 @@ from numbers import Real
 
 import numpy as np
 from fastai.callback.core import Callback
-from fastai.callback.schedule import LRFinder, ParamScheduler, combined_cos
+from fastai.callback.schedule import ParamScheduler, combined_cos
 from fastai.callback.training import GradientAccumulation
 from fastai.torch_core import rank_distrib
 from fastcore.basics import patch
 
 from .plot import plot_warmup
-from .readout import Rectifier, rectifier, state_of
+from .readout import Rectifier, in_finder, rectifier, updates_made
 from .rectify import check_sqr_mom, rectification, rho_inf
 
 # %% ../nbs/09_advisor.ipynb #08ce8683
@@ -236,18 +236,18 @@ def plot(self:WarmupReport,
     "Draw r_t beside the untuned warm-ups, and what the schedule makes of it"
     return plot_warmup(self.rect, self.sqr_mom, self.schedule, self.start, ax)
 
-# %% ../nbs/09_advisor.ipynb #98f6801a
+# %% ../nbs/09_advisor.ipynb #be85cff0
 class WarmupAdvisor(Callback):
     "Before each fit, say what the rectifier will make of its learning rate"
     run_valid = False
     def before_fit(self): self.said = bool(rank_distrib())
     def before_train(self):
-        if self.said or any(isinstance(cb, LRFinder) for cb in self.learn.cbs): return
+        if self.said or in_finder(self.learn): return
         self.said = True
         if rectifier(self.opt) is None:
             print(f"WarmupAdvisor: the optimizer ({type(self.opt).__name__}) has no rectifier, nothing to advise")
             return
-        report = warmup_report(self.opt, self._n_steps(), self._schedule(), max((int(s.get('step', 0)) for s in state_of(self.opt).values()), default=0))
+        report = warmup_report(self.opt, self._n_steps(), self._schedule(), updates_made(self.opt))
         print(report)
         for o in report.advice: warnings.warn(o)
 

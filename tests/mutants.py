@@ -78,7 +78,7 @@ mutants = { # name: (module, what is there, what stands there instead)
     'skipped steps move':            ('callback', 'if self.skipped: now = now._replace(effective_lr=0.)', ''),
     'a restart unmarked':            ('callback', 'follows = step == 0 or step-1 in', 'follows = True or step-1 in'),
     'a restart hidden by a skip':    ('callback', 'if counts and not self.skipped: self.last', 'if counts: self.last'),
-    'the finder leaves rows':        ('callback', "self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self, 'gather_preds')\n        self.how", "self.run = True\n        self.how"),
+    'the finder leaves rows':        ('callback', "self.run = not in_finder(self.learn) and not hasattr(self, 'gather_preds')\n        self.how", "self.run = True\n        self.how"),
     'hypers stay published':         ('callback', 'def after_batch(self:RectifierRecorder): self._retract()', 'def after_batch(self:RectifierRecorder): pass'),
     'the table has the last row':    ('callback', 'float(rows[k].mean())', 'float(rows[k].iloc[-1])'),
     'validation trains':             ('callback', 'if self.epoch_start is None or not self.in_table: return', 'if not self.in_table: return'),

@@ -252,7 +252,7 @@ def test_train_bench_takes_the_step_apart(tiny_images, tmp_path, monkeypatch):
     df = bench.main('train', models='xresnet18', rounds=3, warmup=1, threads=1, device='cpu', out=tmp_path)
     assert df.settings.tolist() == ['fastai', 'fastai, channels last', 'ours', 'ours, channels last'] and (df.n_steps == 7).all() and df.ratio[0] == 1
     parts = df[['forward_ms', 'backward_ms', 'step_ms', 'release_ms']]
-    assert (parts > 0).all(axis=None) and (parts.sum(axis=1) < 1.5*df.ms).all()
+    assert (parts > 0).all(axis=None)
     assert df.last_loss.tolist() == pytest.approx([df.last_loss[0]]*4, rel=1e-4)
     for learn in seen.values(): assert {int(s['step']) for s in learn.opt.state.values()} == {17}
     assert [next(l.model.parameters()).is_contiguous(memory_format=torch.channels_last) for l in seen.values()] == [False, True, False, True]
@@ -269,3 +269,17 @@ def test_reading_is_timed_on_real_images(monkeypatch):
     monkeypatch.setattr(imagenette, 'get_dls', watch)
     assert bench.reading_ms(32, 8, 0, n=3) > 0 and seen == [(30, 10)]
 
+def test_parts_of_a_step_end_with_its_events(monkeypatch):
+    "A clock that only callbacks turn: forward 1, backward 2, step 4, release 8"
+    now = [0]
+    monkeypatch.setattr(bench.time, 'perf_counter', lambda: now[0])
+    class Turn(Callback):
+        order = 60
+        def after_loss(self): now[0] += 1
+        def after_backward(self): now[0] += 2
+        def after_step(self): now[0] += 4
+        def after_batch(self): now[0] += 8
+    monkeypatch.setitem(bench.MODELS, 'xresnet18', lambda: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 10)))
+    learn = bench.bench_learner('xresnet18', [parts := bench.Parts(), Turn()], 'cpu', 0)
+    bench.begin_fit(learn, bench.random_batch(4, 2, 'cpu', 0), 1)()
+    assert parts.times[0].tolist() == [1, 2, 4, 8] and len(bench.PARTS) == 4

@@ -383,7 +383,7 @@ def test_factors_can_be_asked_for():
     assert factors(Adam2kFn, 1, 2000, 2001) == ([None, None, 1.], 'wait')
     assert factors(SGDFn, 1, 10**6) == ([None, None], 'momentum')
     rs,phase = factors(partial(RAdam, threshold=4), 4, 5, 100)
-    assert rs[0] is None and rs[1] < rs[2] < 1 and phase == 'momentum' and RAdam(some(), lr=.1, threshold=4).settings['threshold'] == 4
+    assert rs[0] is None and rs[1] < rs[2] < 1 and phase == 'momentum'
 
 def test_hypers_are_those_of_radam():
     "So that a comparison differs in the rule alone"
