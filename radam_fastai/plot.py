@@ -7,7 +7,7 @@ Recorders collect, this module draws. Each function takes plain data (a DataFram
 # %% auto #0
 __all__ = ['COLORS', 'variance_lines', 'color', 'new_axes', 'update_numbers', 'plot_rect', 'plot_lr', 'plot_warmup',
            'density_per_decade', 'occupied', 'plot_gradient_ridge', 'plot_gradient_heatmap', 'plot_lr_variance',
-           'plot_runs', 'plot_summary']
+           'plot_runs', 'plot_summary', 'plot_sweep', 'plot_curves']
 
 # %% ../nbs/07_plot.ipynb #0e66ca9d
 import matplotlib.pyplot as plt
@@ -222,3 +222,36 @@ def plot_summary(
     axs[0].set(xlabel='epoch', ylabel=metric)
     axs[1].set(yticks=range(len(groups)), yticklabels=list(groups), ylim=(len(groups)-.5, -.5), xlabel=f'{metric} after the last epoch: runs, mean ± standard deviation')
     return fig
+
+# %% ../nbs/07_plot.ipynb #c4f03ed6
+def plot_sweep(
+    lines:dict, # Label → {x: values of the runs there}
+    xlabel:str, # Of the log axis
+    ylabel:str, # What the values are
+    ax=None, # Matplotlib axes; made if not given
+): # The axes
+    "Mean ± sample standard deviation over a setting, a line for each label"
+    ax = new_axes(ax, figsize=(6.5, 3.8))
+    for i,(label,at) in enumerate(lines.items()):
+        x,vals = sorted(at),[at[o] for o in sorted(at)]
+        ax.errorbar(x, [np.mean(v) for v in vals], [np.std(v, ddof=1) if len(v) > 1 else 0 for v in vals], fmt='o-', ms=4, capsize=3, color=color(i), label=label)
+    ax.set(xscale='log', xlabel=xlabel, ylabel=ylabel)
+    _legend(ax)
+    return ax
+
+def plot_curves(
+    lines:dict, # Label → list of runs, each a list of values, such as one per epoch
+    ylabel:str, # What the values are
+    ax=None, # Matplotlib axes; made if not given
+    every:int=1, # How far apart the values are, in units of `xlabel`
+    xlabel:str='epoch',
+): # The axes
+    "Each run, and the mean of the runs"
+    ax = new_axes(ax)
+    for i,(label,runs) in enumerate(lines.items()):
+        x = every*np.arange(1, 1+min(map(len, runs), default=0))
+        for r in runs: ax.plot(x, r[:len(x)], lw=.6, alpha=.6, color=color(i))
+        ax.plot(x, np.mean([r[:len(x)] for r in runs], axis=0) if runs else [], lw=2, color=color(i), label=label)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    return ax

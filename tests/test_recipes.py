@@ -73,7 +73,7 @@ def test_presets_are_what_was_published(monkeypatch, images, preset, tmp_path):
     learn.create_opt()
     h = learn.opt.hypers[0]
     assert (h['mom'], h['sqr_mom'], h['eps'], h['wd']) == (o['mom'], .99, 1e-6, o['wd'])
-    opts = {'radam':'RAdam', 'article':'RAdam', 'over9000-adam':'Optimizer', 'over9000-radam':'RAdam'}
+    opts = {'radam':'RAdam', 'article':'RAdam', 'over9000-adam':'Adam', 'over9000-radam':'RAdam'}
     assert type(learn.opt).__name__ == opts.get(preset, 'Ranger')
     mish = any(isinstance(m, torch.nn.Mish) for m in learn.model.modules())
     attention = any(type(m).__name__ == 'SimpleSelfAttention' for m in learn.model.modules())
@@ -155,8 +155,8 @@ bad_imagenette = {'--preset best':'over9000-radam', '--arch resnet50':'xse_resne
     '--act-fn GELU':'ReLU, Mish', '--pool Pool':'AvgPool, MaxPool, MaxBlurPool', '--size 8':'16 to 1024', '--size 100':'--size 100: xse_resnext50 with --pool MaxPool', '--bs 1':'2 to 4096',
     '--bs 66':'at most 65', '--bs 32 --n-items 30':'at most 30', '--epochs 0':'1 to 1000', '--lr -1':'--lr', '--mom 1':'--mom', '--sqrmom 1':'--sqrmom', '--eps -1':'--eps',
     '--wd -1':'--wd', '--smooth 1':'--smooth', '--mixup -1':'--mixup', '--sh 2':'--sh', '--beta -1':'--beta', '--pct-start 1':'--pct-start', '--n-items 9':'10 to 60', '--n-items 61':'10 to 60',
-    '--runs 0':'--runs', '--workers -1':'--workers', '--seed -1':'--seed', '--opt adam --beta 3':'adam has none', '--div 3':'flat_cos has none', '--sa 0 --sym 1':'--sym',
-    '--fp16 1 --bf16 1':'choose one', '--fp16 1':'need a GPU', '--bf16 1':'need a GPU', '--sched one_cycle --div 0':'--div'}
+    '--runs 0':'--runs', '--workers -1':'--workers', '--seed -1':'--seed', '--div 3':'flat_cos has none', '--sa 0 --sym 1':'--sym',
+    '--fp16 1 --bf16 1':'choose one', '--fp16 1':'need a GPU', '--bf16 1':'need a GPU', '--sched one_cycle --div 0':'--div', '--sched step --pct-start .5':'step has none'}
 if torch.cuda.is_available(): bad_imagenette = {k: v for k,v in bad_imagenette.items() if v != 'need a GPU'}
 
 def refuses(result, name, about):

@@ -1,18 +1,21 @@
 """What recipes share: records that survive, files that are whole, numbers that are right, reports from records alone."""
-import errno, json, os, resource, signal
+import errno, json, math, os, resource, signal
+from functools import partial
 
 import numpy as np, pandas as pd, pytest
 from fastai.callback.core import Callback, CancelStepException
 from fastai.callback.training import GradientAccumulation
+from fastai.optimizer import Adam
 from PIL import Image
 
 from radam_fastai.callback import RectifierRecorder
 from radam_fastai.recipes import demo
 from radam_fastai.recipes.jobs import Run, run_job
 from radam_fastai.recipes.report import compare, groups, mean_std, report, summary
-from radam_fastai.recipes.runs import (OPTS, RecipeError, RunRecorder, append_record, check_ranges, read_records, rectifier_summary,
+from radam_fastai.recipes.runs import (OPTS, SCHEDS, RecipeError, RunRecorder, append_record, check_ranges, read_records, rectifier_summary,
                                        replacing, steps_frame)
 from radam_fastai.rectify import rectification
+from radam_fastai.warmup import SGDFn
 
 # The file of records
 
@@ -87,28 +90,52 @@ def one_run(opt, out, cbs=None, fit=lambda l: l.fit_one_cycle(1, 1e-3)):
     r, = run_job([Run(f'{opt}-0', 0, dict(opt=opt), make, fit, dict(name='digits'))], out, 'demo')
     return r,kept[0]
 
+factors = {'radam':lambda t: rectification(t, .99), 'ranger':lambda t: rectification(t, .99), 'adam':lambda t: 1.,
+    'adam-linear':lambda t: min(1, t/200), 'adam-exponential':lambda t: 1-math.exp(-.01*t)}
+
 @pytest.mark.parametrize('opt', OPTS)
 def test_steps_and_epochs(opt, tmp_path):
-    r,learn = one_run(opt, tmp_path, RectifierRecorder(table=False) if opt!='adam' else None)
-    rects = [rectification(t, .99) if opt!='adam' else None for t in range(1, 23)]
-    assert r['steps']['step'] == list(range(1, 23)) and r['steps']['rect'] == rects
+    r,learn = one_run(opt, tmp_path, RectifierRecorder(table=False))
+    rects = [factors[opt](t) for t in range(1, 23)]
+    assert r['steps']['step'] == list(range(1, 23)) and r['steps']['rect'] == [o and pytest.approx(o, rel=1e-12) for o in rects]
+    assert r['steps']['adaptive'] == [o is not None for o in rects]
     assert r['steps']['lr'] == pytest.approx([float(o) for o in learn.recorder.lrs])
     assert np.allclose(r['steps']['effective_lr'], [lr*(1 if o is None else o) for lr,o in zip(r['steps']['lr'], rects)])
     train,valid,acc = learn.recorder.values[0]
     assert {k: r['epochs'][0][k] for k in ('train_loss','valid_loss','accuracy')} == dict(train_loss=train, valid_loss=valid, accuracy=acc)
     assert r['epochs'][0]['secs'] >= r['epochs'][0]['train_secs'] > 0 and r['secs'] >= r['epochs'][0]['secs']
-    assert (r['rectifier'] is None) == (opt=='adam')
     hypers, = r['hypers']
     assert hypers['eps'] == 1e-6 and hypers['lr'] == r['steps']['lr'][0] == pytest.approx(1e-3/25)
     assert set(r['versions']) == {'python','torch','fastai','radam_fastai'} and r['device']['name']
     assert read_records(tmp_path/'records.jsonl') == [r]
-    df = pd.read_csv(tmp_path/f'{opt}-0.csv')
+    df,theirs = pd.read_csv(tmp_path/f'{opt}-0.csv'),learn.rectifier.to_frame() # the same columns by another recorder
     assert df.loss.tolist() == pytest.approx(r['steps']['loss'], rel=1e-12)
-    if opt == 'adam': assert df.rect.isna().all() and df.adaptive.all() and (df.effective_lr == df.lr).all()
-    else:
-        theirs = learn.rectifier.to_frame() # the same columns by another recorder
-        for c in 'step','rho','rect','lr','effective_lr','mom','sqr_mom': assert np.allclose(df[c], theirs[c], equal_nan=True, rtol=1e-9), c
-        assert (df.adaptive == theirs.adaptive).all()
+    for c in 'step','rho','rect','lr','effective_lr','mom','sqr_mom': assert np.allclose(df[c], theirs[c], equal_nan=True, rtol=1e-9), c
+    assert (df.adaptive == theirs.adaptive).all()
+
+@pytest.mark.parametrize('opt,adaptive', [(partial(Adam, sqr_mom=.99), True), (SGDFn, False)])
+def test_optimizers_that_rectify_nothing(opt, adaptive, tmp_path, monkeypatch):
+    monkeypatch.setitem(OPTS, 'other', opt)
+    r,_ = one_run('other', tmp_path)
+    assert set(r['steps']['rect']) == {None} and set(r['steps']['adaptive']) == {adaptive} and r['rectifier'] is None
+    df = pd.read_csv(tmp_path/'other-0.csv')
+    assert df.rect.isna().all() and df.rho.isna().all() and (df.adaptive == adaptive).all() and (df.effective_lr == df.lr).all()
+
+def test_records_without_the_newer_columns():
+    r = rec(rectifier=dict(mean=.5), steps=dict(step=[5,6], loss=[1.,1.], lr=[.1,.1], effective_lr=[.1,.05], rect=[None,.5]))
+    assert steps_frame(r).adaptive.tolist() == [False, True] and steps_frame({**r, 'rectifier':None}).adaptive.tolist() == [True, True]
+
+@pytest.mark.parametrize('sched', SCHEDS)
+def test_schedules(sched, tmp_path):
+    "By hand, at the first update, before and after each change, and at the last"
+    o = dict(epochs=4, lr=.1, mom=.8, pct_start=.5, div=10)
+    r,_ = one_run('adam', tmp_path, fit=lambda l: SCHEDS[sched](l, o))
+    lr,n = r['steps']['lr'],r['n_steps']
+    def cos(a, b, x): return a + (1-math.cos(math.pi*x))*(b-a)/2
+    at = dict(flat=lambda x: .1, step=lambda x: .1 if x < .5 else .01 if x < .75 else .001, flat_cos=lambda x: .1 if x < .5 else cos(.1, 1e-6, 2*x-1),
+              one_cycle=lambda x: cos(.01, .1, 2*x) if x < .5 else cos(.1, 1e-6, 2*x-1))[sched]
+    assert n == 4*22 and lr == pytest.approx([at(i/n) for i in range(n)], rel=1e-5), sched
+    assert set(r['steps']['mom']) == {.8 if sched == 'one_cycle' else .9}
 
 def test_accumulated_gradients_are_one_step():
     learn,rec = demo.get_learner('radam'),RunRecorder()

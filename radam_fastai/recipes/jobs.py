@@ -7,7 +7,7 @@ A job is a list of runs. `run_job` trains them one after the other into a folder
 # %% auto #0
 __all__ = ['Run', 'begin', 'sitting', 'finish', 'train_run', 'shared', 'check_same', 'place', 'only_job', 'processes', 'run_job']
 
-# %% ../../nbs/24_recipes.jobs.ipynb #d0f39192
+# %% ../../nbs/24_recipes.jobs.ipynb #8f086dd7
 import itertools,json,time
 from contextlib import contextmanager,nullcontext
 from dataclasses import dataclass,field
@@ -19,12 +19,12 @@ from fastai.learner import Learner
 from fastai.torch_core import num_distrib,set_seed
 from filelock import FileLock,Timeout
 
-from .checkpoint import EpochCheckpoint,SeedEpochs,load_checkpoint,start_at
+from .checkpoint import RECORDED,EpochCheckpoint,SeedEpochs,load_checkpoint,start_at
 from .report import report,save_run
 from .runs import (OptionError,RecipeError,RunRecorder,append_record,check,check_out,environment,is_main,read_records,
                                        rectifier_summary,terminal_bars)
 
-# %% ../../nbs/24_recipes.jobs.ipynb #5d604cc0
+# %% ../../nbs/24_recipes.jobs.ipynb #84ccb9f6
 @dataclass
 class Run:
     "One training run of a job"
@@ -33,10 +33,11 @@ class Run:
     options:dict # Everything else its numbers depend on, but for the data; `opt` among them
     make:Callable[[], Learner] # Makes the learner
     fit:Callable[[Learner], None] # Trains it, by one call of `fit` or one of its relatives
-    data:dict # Description of the data; the numbers of training and validation items are added
+    data:dict # Description of the data; `train` and `valid`, the numbers of items, are added if missing
     about:dict = field(default_factory=dict) # What else to record
+    watch:Callable[[Learner], list] = lambda learn: [] # Makes callbacks that watch its first epoch; their `note()`, plain values, is recorded
 
-# %% ../../nbs/24_recipes.jobs.ipynb #1c2d7656
+# %% ../../nbs/24_recipes.jobs.ipynb #b5b9253c
 def begin(
     run:Run, # About to be trained
     learn:Learner, # Its learner
@@ -44,7 +45,7 @@ def begin(
     recipe:str, # Of its job
 ) -> dict: # Plain values
     "What the record says before there are any numbers"
-    data = dict(**run.data, train=len(learn.dls.train_ds), valid=len(learn.dls.valid_ds))
+    data = dict(train=len(learn.dls.train_ds), valid=len(learn.dls.valid_ds)) | run.data
     about = dict(run=name, recipe=recipe, opt=run.options['opt'], seed=run.seed, options=run.options, data=data, **run.about,
                  params=sum(p.numel() for p in learn.model.parameters()), secs=0., sittings=[])
     return json.loads(json.dumps(about, default=str))
@@ -60,14 +61,15 @@ def finish(
     steps:list, # Rows of `RunRecorder.steps`
     epochs:list, # Rows of `RunRecorder.epochs`
     hypers:list, # Of each group, at the first step
+    notes:dict, # From those who watched
 ) -> dict: # The record
     "The record of a run that is complete"
     by_column = {k: [s[k] for s in steps] for k in steps[0]}
     last = {k: about['sittings'][-1][k] for k in ('versions','device')}
     return dict(**about, **last, began=about['sittings'][0]['began'], hypers=hypers, n_steps=len(steps), rectifier=rectifier_summary(steps),
-                epochs=epochs, steps=by_column)
+                epochs=epochs, notes=notes, steps=by_column)
 
-# %% ../../nbs/24_recipes.jobs.ipynb #79a61e31
+# %% ../../nbs/24_recipes.jobs.ipynb #9a643c08
 def train_run(
     run:Run, # To be trained
     name:str, # Of its files
@@ -80,14 +82,15 @@ def train_run(
     start,epoch,path = time.perf_counter(),state['epoch'] if state else 0,out/f'{name}.pth'
     if not state or epoch < state['n_epoch']:
         set_seed(run.seed, reproducible=True)
-        learn,rec = run.make(),RunRecorder()
+        learn = run.make()
+        rec = RunRecorder(watchers := [] if state else run.watch(learn))
         about = state['about'] if state else begin(run, learn, name, recipe)
         about = {**about, 'sittings': [*about['sittings'], sitting(epoch)]}
         def now(): return {**about, 'secs': about['secs'] + time.perf_counter()-start}
         saver = EpochCheckpoint(path, rec, lambda: dict(run=name, about=now()), state)
-        with terminal_bars(),learn.added_cbs([SeedEpochs(run.seed), rec, saver]),shared(learn),start_at(learn, epoch): run.fit(learn)
-        record = finish(now(), rec.steps, rec.epochs, rec.hypers)
-    else: record = finish(state['about'], *(state[k] for k in ('steps','epochs','hypers'))) # only the record was missing
+        with terminal_bars(),learn.added_cbs([SeedEpochs(run.seed), *watchers, rec, saver]),shared(learn),start_at(learn, epoch): run.fit(learn)
+        record = finish(now(), *(getattr(rec, k) for k in RECORDED))
+    else: record = finish(state['about'], *(state[k] for k in RECORDED)) # only the record was missing
     if is_main():
         append_record(out/'records.jsonl', record)
         save_run(record, out)
@@ -147,7 +150,7 @@ def only_job(
         for p in out.glob('.tmp-*'): p.unlink()
         yield
 
-# %% ../../nbs/24_recipes.jobs.ipynb #e7806125
+# %% ../../nbs/24_recipes.jobs.ipynb #d32c0a9c
 @contextmanager
 def processes():
     "Join the other processes of a launch, if there are any; yields a function that waits for them"
@@ -164,6 +167,7 @@ def run_job(
     recipe:str, # Name in the records
     resume:bool=False, # Go on with what is in `out`
     keep:bool=False, # Keep the last checkpoint of each run
+    write:Callable=None, # Called with `out` and `anew=False` at the end: writes tables and figures from the records (`report`)
 ) -> list: # Records, one per run
     "Train what is left to train of `runs`, one after the other, and report on everything in `out`"
     out = check_out(out)
@@ -177,5 +181,5 @@ def run_job(
         for run,name,record,state in plan:
             print(f"\n{name}" + (': finished before' if record else f": goes on after epoch {state['epoch']} of {state['n_epoch']}" if state else ''))
             res.append(record or train_run(run, name, out, recipe, state, keep))
-        if is_main(): report(out, anew=False)
+        if is_main(): (write or report)(out, anew=False)
     return res

@@ -33,7 +33,7 @@ PRESETS = { # name: (what it changes in COMMON, published figure)
     'article': (dict(lr=3e-3, sched='one_cycle', pct_start=.3), dict(mean=.86, unlike='first split of the images, unpublished schedule',
                 source='https://medium.com/@lessw/new-state-of-the-art-ai-optimizer-rectified-adam-radam-5d854730807b'))}
 
-# %% ../../nbs/27_recipes.presets.ipynb #56d8760a
+# %% ../../nbs/27_recipes.presets.ipynb #d6e2331b
 def resolve(
     preset:str, # A key of `PRESETS`
     given:dict, # Options that were given, which take the place of the preset's
@@ -42,8 +42,8 @@ def resolve(
     check_choice('preset', preset, PRESETS)
     theirs = {**COMMON, **PRESETS[preset][0]}
     res = {**theirs, **given}
-    check(res['opt'] != 'adam' or not given.get('beta'), f"--beta {given.get('beta')}: adam has none; choose --opt radam or ranger")
-    check(res['sched'] == 'one_cycle' or 'div' not in given, f"--div {given.get('div')}: flat_cos has none; choose --sched one_cycle")
+    for k,scheds in dict(div=['one_cycle'], pct_start=['one_cycle','flat_cos']).items():
+        check(res['sched'] in scheds or k not in given, f"--{k.replace('_','-')} {given.get(k)}: {res['sched']} has none; choose --sched {' or '.join(scheds)}")
     check(res['sa'] or not given.get('sym'), "--sym: is about self-attention, which is off; give --sa 1 as well")
     check(not (given.get('fp16') and given.get('bf16')), "--fp16 and --bf16: choose one of them")
     if given.get('bf16'): res['fp16'] = False

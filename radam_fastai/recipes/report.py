@@ -90,7 +90,7 @@ def published_text(
     runs = f" ({pub['runs']} run{'s'*(pub['runs']>1)})" if pub.get('runs') else ''
     return f"{pub['mean']:.4f}" + (f" ± {pub['std']:.4f}" if pub.get('std') else '') + runs
 
-# %% ../../nbs/23_recipes.report.ipynb #3ed806fe
+# %% ../../nbs/23_recipes.report.ipynb #f384a1d5
 def markdown_table(
     df:pd.DataFrame, # Any
 ) -> str: # Ends with a newline
@@ -103,7 +103,7 @@ def conditions(
 ) -> list[str]: # Sentences
     "On which data and machines the runs were made, and where the published figures are from"
     def each(f): return '; '.join(dict.fromkeys(f(r) for r in records))
-    def data(r): return ', '.join([f"{r['data']['name']}", f"{r['data']['train']:,} training and {r['data']['valid']:,} validation items", *([r['data']['source']] if 'source' in r['data'] else [])])
+    def data(r): return ', '.join([f"{r['data']['name']}", f"{r['data']['train']:,} training and {r['data']['valid']:,} validation {r['data'].get('unit', 'items')}", *([r['data']['source']] if 'source' in r['data'] else [])])
     def machine(r): return f"{r['device']['name']}, {r['device']['threads']} thread{'s'*(r['device']['threads']>1)}; python {r['versions'].get('python','?')}, torch {r['versions']['torch']}, fastai {r['versions']['fastai']}"
     sources = dict.fromkeys(f"{p['mean']:.4f}: {p['source']}" for r in records if (p := r.get('published')) and p.get('source'))
     res = [f'Data: {each(data)}.', f'Machine: {each(machine)}.']
@@ -147,7 +147,7 @@ def find_records(
     check(found, f'--report {folder}: no records.jsonl with finished runs in it or below')
     return found
 
-# %% ../../nbs/23_recipes.report.ipynb #507f491b
+# %% ../../nbs/23_recipes.report.ipynb #fbc47829
 def report(
     folder:Path, # With records in it or in folders below
     anew:bool=True, # Write the files of all runs again; `False`: only those that are missing
@@ -156,7 +156,7 @@ def report(
     found = find_records(folder)
     for sub,rs in found.items():
         for r in rs:
-            if anew or not all((sub/f"{r['run']}.{ext}").exists() for ext in ('csv','png')): save_run(r, sub)
+            if 'step' in r.get('steps', {}) and (anew or not all((sub/f"{r['run']}.{ext}").exists() for ext in ('csv','png'))): save_run(r, sub)
     records = sum(found.values(), [])
     table = summary(records)
     with replacing(Path(folder)/'table.md') as tmp: tmp.write_text('\n'.join([markdown_table(table), *(f'{c}\n' for c in conditions(records))]), encoding='utf-8')
