@@ -1,5 +1,5 @@
 """The commands: what they leave behind, that options take effect, and that wrong ones are refused before anything is trained."""
-import json, subprocess, sys
+import json, os, subprocess, sys
 from pathlib import Path
 
 import pytest, torch
@@ -209,7 +209,9 @@ def test_interrupted(cli, tiny, images, tmp_path, monkeypatch):
     status,_,err = cli('imagenette', '--path', images, '--out', tmp_path)
     assert (status, err) == (130, 'radam-imagenette: interrupted\n')
 
-def test_exit_status_of_a_process(tmp_path):
-    cmd = [sys.executable, '-m', 'radam_fastai.recipes.imagenette', '--path', str(tmp_path/'nowhere')]
-    res = subprocess.run(cmd, cwd=root, capture_output=True, text=True)
+@pytest.mark.parametrize('command', [['imagenette','--path','nowhere'], ['experiment','nonsense'], ['demo','--epochs','0']], ids=lambda c: c[0])
+def test_exit_status_of_a_process(command):
+    "And nothing but its own line, no warning of a library"
+    env = {k: v for k,v in os.environ.items() if k != 'PYTHONWARNINGS'}
+    res = subprocess.run([sys.executable, '-m', f'radam_fastai.recipes.{command[0]}', *command[1:]], cwd=root, env=env, capture_output=True, text=True)
     assert res.returncode == 2 and res.stdout == '' and len(res.stderr.splitlines()) == 1, res.stderr

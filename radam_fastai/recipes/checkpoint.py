@@ -8,11 +8,13 @@ A training run depends on four things: weights, optimizer state, where its sched
 __all__ = ['RECORDED', 'epoch_seed', 'SeedEpochs', 'plain', 'save_checkpoint', 'load_checkpoint', 'run_state', 'restore_run',
            'start_at', 'EpochCheckpoint']
 
-# %% ../../nbs/21_recipes.checkpoint.ipynb #5b4f4c3c
+# %% ../../nbs/21_recipes.checkpoint.ipynb #86c4171b
 import pickle,random,zipfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable
+
+from .runs import RecipeError,RunRecorder,cannot_write,is_main,replacing
 
 import numpy as np
 import torch
@@ -21,8 +23,6 @@ from fastai.learner import Learner
 from fastai.torch_core import get_model,set_seed
 from fastcore.foundation import L
 from torch import Tensor
-
-from .runs import RecipeError,RunRecorder,cannot_write,is_main,replacing
 
 # %% ../../nbs/21_recipes.checkpoint.ipynb #764d1b28
 def epoch_seed(

@@ -8,10 +8,12 @@ What can be wrong with data is found before training where that is cheap (a fold
 __all__ = ['UNPACKED', 'check_sum', 'unpack', 'from_archives', 'download', 'image_files', 'split_files', 'digest', 'draw',
            'balanced', 'ItemSeedDL']
 
-# %% ../../nbs/25_recipes.data.ipynb #0515ed0b
+# %% ../../nbs/25_recipes.data.ipynb #4e8df605
 import hashlib,os,random,tarfile,zlib
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+from .runs import RecipeError,check
 
 import fastai.data
 from fastai.data.core import TfmdDL
@@ -19,8 +21,6 @@ from fastai.data.external import fastai_cfg
 from fastai.data.transforms import get_image_files
 from fastdownload import FastDownload
 from PIL import Image
-
-from .runs import RecipeError,check
 
 # %% ../../nbs/25_recipes.data.ipynb #e1e99280
 def check_sum(

@@ -7,7 +7,7 @@ A job is a list of runs. `run_job` trains them one after the other into a folder
 # %% auto #0
 __all__ = ['Run', 'begin', 'sitting', 'finish', 'train_run', 'shared', 'check_same', 'place', 'only_job', 'processes', 'run_job']
 
-# %% ../../nbs/24_recipes.jobs.ipynb #8f086dd7
+# %% ../../nbs/24_recipes.jobs.ipynb #42470167
 import itertools,json,time
 from contextlib import contextmanager,nullcontext
 from dataclasses import dataclass,field
@@ -15,14 +15,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Callable
 
-from fastai.learner import Learner
-from fastai.torch_core import num_distrib,set_seed
-from filelock import FileLock,Timeout
-
 from .checkpoint import RECORDED,EpochCheckpoint,SeedEpochs,load_checkpoint,start_at
 from .report import report,save_run
 from .runs import (OptionError,RecipeError,RunRecorder,append_record,check,check_out,environment,is_main,read_records,
                                        rectifier_summary,terminal_bars)
+
+from fastai.learner import Learner
+from fastai.torch_core import num_distrib,set_seed
+from filelock import FileLock,Timeout
 
 # %% ../../nbs/24_recipes.jobs.ipynb #84ccb9f6
 @dataclass

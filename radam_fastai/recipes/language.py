@@ -234,12 +234,12 @@ def text_learner(
     "A language model with random weights, on its text"
     return make(lm_dls(*loaded, o['bs'], o['seq_len'], o['n_valid']), len(loaded[-1]), contender(o), o)
 
-# %% ../../nbs/42_recipes.language.ipynb #e78c5edb
+# %% ../../nbs/42_recipes.language.ipynb #83854879
 _opt = dict(sched='flat_cos', pct_start=.75, n_items=None, mom=.9, sqr_mom=.99, eps=1e-8, wd=1e-2)
 
 language = Experiment(
     'Does RAdam train a better recurrent language model than Adam?',
-    {k: ({**_opt, **SIZES['language'][k]}, grid(opt=['adam','radam'], lr=[.03,.01,.003,.001])) for k in ('small','paper')},
+    {k: ({**_opt, **SIZES['language'][k]}, grid(opt=['adam','radam'], lr=lrs)) for k,lrs in (('small', [.03,.01,.003]), ('paper', [.01,.003,.001]))},
     load_text, partial(text_learner, awd_lstm_learner), partial(show_sweep, metric='perplexity'))
 
 # %% ../../nbs/42_recipes.language.ipynb #1eb1d853

@@ -110,7 +110,7 @@ def image_learner(
     return Learner(tensor_dls(*loaded, o['bs'], augment), resnet20(n_in=loaded[0][0].shape[1]), loss_func=CrossEntropyLossFlat(),
                    opt_func=contender(o), metrics=accuracy, wd_bn_bias=False, cbs=ChannelsLast())
 
-# %% ../../nbs/41_recipes.robustness.ipynb #e60af921
+# %% ../../nbs/41_recipes.robustness.ipynb #80a9d382
 SMALL = dict(sched='flat_cos', pct_start=.5, epochs=6, bs=32, size=16, n_items=4000, n_valid=2000, augment=False, mom=.9, sqr_mom=.99, eps=1e-8, wd=1e-4)
 PAPER = dict(sched='step', epochs=164, bs=128, size=32, n_items=None, n_valid=None, augment=True, mom=.9, sqr_mom=.999, eps=1e-8, wd=1e-4)
 
@@ -129,5 +129,5 @@ def with_warmups(
 
 warmup_lengths = Experiment(
     'Does Adam with a tuned warm-up do better than RAdam, which has nothing to tune?',
-    dict(small=(SMALL, with_warmups([100,200,500], [.1,.03,.01])), paper=(PAPER, with_warmups([100,200,500,1000], [.1,.03,.01,.003]))),
+    dict(small=(SMALL, with_warmups([100,200,500], [.1,.01])), paper=(PAPER, with_warmups([100,200,500,1000], [.1,.03,.01,.003]))),
     load_images, image_learner, show_sweep)

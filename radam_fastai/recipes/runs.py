@@ -6,9 +6,9 @@ A recipe trains a few models and has to leave evidence behind. Each run becomes 
 
 # %% auto #0
 __all__ = ['OPTS', 'SCHEDS', 'RANGES', 'opt_func', 'fit_step', 'RecipeError', 'OptionError', 'is_main', 'usage', 'check',
-           'check_choice', 'check_ranges', 'check_out', 'RunRecorder', 'cpu_name', 'environment', 'rectifier_summary',
-           'steps_frame', 'cannot_write', 'sync_folder', 'replacing', 'append_record', 'read_records', 'torch_threads',
-           'terminal_bars']
+           'check_given', 'check_choice', 'check_ranges', 'names', 'numbers', 'check_out', 'RunRecorder', 'cpu_name',
+           'environment', 'rectifier_summary', 'steps_frame', 'cannot_write', 'sync_folder', 'replacing',
+           'append_record', 'read_records', 'torch_threads', 'terminal_bars']
 
 # %% ../../nbs/20_recipes.runs.ipynb #5804f8b5
 import warnings
@@ -90,13 +90,19 @@ def usage(
         if is_main(): print(f'{Path(sys.argv[0]).name}: interrupted', file=sys.stderr)
         raise SystemExit(130) from None
 
-# %% ../../nbs/20_recipes.runs.ipynb #393e8644
+# %% ../../nbs/20_recipes.runs.ipynb #4b00b563
 def check(
     ok:bool, # What has to hold
     msg:str, # One line: the option, what is wrong with it, what is allowed
 ):
     "Raise an `OptionError` unless `ok`"
     if not ok: raise OptionError(msg)
+
+def check_given(
+    opts:dict, # Option → value, as a command got them
+):
+    "Raise an `OptionError` for an option whose value is `--`, of which `argparse` makes an empty list"
+    for k,v in opts.items(): check(v != [], f"--{k.replace('_','-')} --: that is no value")
 
 def check_choice(
     name:str, # Option, without its dashes
@@ -106,7 +112,7 @@ def check_choice(
     "Raise an `OptionError` unless `val` is one of `allowed`"
     check(val in allowed, f"--{name.replace('_','-')} {val}: choose from {', '.join(allowed)}")
 
-# %% ../../nbs/20_recipes.runs.ipynb #361d90cd
+# %% ../../nbs/20_recipes.runs.ipynb #90d3a5be
 RANGES = dict(epochs=(1,1000), bs=(2,4096), lr=(1e-8,10.), seed=(0,2**31))
 
 def check_ranges(
@@ -116,6 +122,29 @@ def check_ranges(
     "Raise an `OptionError` for the first value of `opts` outside its range"
     for k,(lo,hi) in ranges.items():
         if opts.get(k) is not None: check(lo <= opts[k] <= hi, f"--{k.replace('_','-')} {opts[k]}: must be from {lo:.10g} to {hi:.10g}")
+
+def names(
+    opt:str, # Option, without its dashes
+    value:str, # Names separated by commas, or `all`
+    allowed, # The names there are
+) -> list: # Names, each once
+    "The names in `value`, or an `OptionError` for the first that is not allowed"
+    res = list(dict.fromkeys(allowed if value=='all' else [o.strip() for o in value.split(',')]))
+    for o in res: check_choice(opt, o, allowed)
+    return res
+
+def numbers(
+    opt:str, # Option, without its dashes
+    value:str, # Numbers separated by commas
+    allowed:tuple, # Lowest and highest
+) -> list: # float, each once
+    "The numbers in `value`, or an `OptionError` for the first that is none or out of range"
+    def number(s):
+        try: n = float(s)
+        except ValueError: check(False, f'--{opt} {value}: must be numbers separated by commas, {s!r} is none')
+        check_ranges({opt:n}, {opt:allowed})
+        return n
+    return list(dict.fromkeys(number(s.strip()) for s in value.split(',')))
 
 def check_out(
     out:Path, # Folder for records and figures
