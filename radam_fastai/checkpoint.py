@@ -35,7 +35,7 @@ def _float(v, what):
     try: return float(v)
     except OverflowError: return math.inf # an integer beyond all floats
 
-# %% ../nbs/03_checkpoint.ipynb #4f649e8f
+# %% ../nbs/03_checkpoint.ipynb #95ed87b9
 _state_names = {'exp_avg': 'grad_avg', 'exp_avg_sq': 'sqr_avg'}
 _averages = set(_state_names.values())
 _required = 'lr','mom','sqr_mom','eps','wd' # hyper-parameters that every Adam has
@@ -51,7 +51,7 @@ def _check_group(g, what):
     if len(g['betas']) != 2: raise ValueError(f"{what}: betas must be two numbers, got {len(g['betas'])}")
     for i in g['params']: _expect(i, (int, str), f'{what}: a name in params')
     for k in ('lr', 'eps', 'weight_decay'): _float(g[k], f'{what}: {k}')
-    for k in ('maximize', 'decoupled_weight_decay'): _expect(g.get(k, False), bool, f'{what}: {k}')
+    for k in ('maximize', 'decoupled_weight_decay', 'capturable', 'differentiable'): _expect(g.get(k, False), bool, f'{what}: {k}')
     _expect(g.get('foreach'), (bool, type(None)), f'{what}: foreach')
 
 # %% ../nbs/03_checkpoint.ipynb #482d23e2
@@ -76,13 +76,14 @@ def _from_torch(sd, decouple_wd, maximize):
                 state=[{_state_names.get(k, k): v for k,v in state.get(i, {}).items()} for i in ids],
                 hypers=[dict(zip(_required, (g['lr'], *g['betas'], g['eps'], g['weight_decay']))) for g in groups])
 
-# %% ../nbs/03_checkpoint.ipynb #3b61e678
+# %% ../nbs/03_checkpoint.ipynb #6913a668
 def _from_fastai(sd):
     "The same, once its lists are lists of dicts"
     if extra := set(sd) - {'state', 'hypers', 'count', 'slow_weights'}: raise ValueError(f"the checkpoint has {', '.join(sorted(map(str, extra)))}, unknown here")
     for k in ('state', 'hypers'):
         _expect(sd[k], (list, tuple, L), k)
-        for i,o in enumerate(sd[k]): _check_names(o, _state_names, f'{k} {i}')
+        for i,o in enumerate(sd[k]): _expect(o, dict, f'{k} {i}')
+    for i,s in enumerate(sd['state']): _check_names(s, _state_names, f'state {i}')
     return dict(sd)
 
 def read_state(
@@ -97,7 +98,7 @@ def read_state(
     else: raise ValueError(f"not the state of a fastai or PyTorch optimizer: it has {', '.join(map(str, sd)) or 'nothing'}, not state and hypers or param_groups")
     return {**sd, 'hypers': [{k: _float(v, f'group {i} of the checkpoint: {k}') for k,v in h.items()} for i,h in enumerate(sd['hypers'])]}
 
-# %% ../nbs/03_checkpoint.ipynb #10dd7efd
+# %% ../nbs/03_checkpoint.ipynb #a2eca118
 def check_count(
     n, # Number of steps: a real number or a tensor of one element
     name:str, # What it counts
@@ -106,9 +107,9 @@ def check_count(
     "Raise a `ValueError` that names the count unless `n` is a whole number of at least `least`"
     n = _number(n)
     if isinstance(n, int) and abs(n) > 2**53: n = math.inf if n > 0 else -math.inf # it may be too long to print
-    if not isinstance(n, Real) or not least <= n <= 2**53 or n != int(n): raise ValueError(f"{name} must be a whole number of at least {least}, got {n}")
+    if not isinstance(n, Real) or not least <= n <= 2**53 or n != int(n): raise ValueError(f"{name} must be a whole number of at least {least}, got {n if isinstance(n, Real) else type(n).__name__}")
 
-# %% ../nbs/03_checkpoint.ipynb #6a5ec6fe
+# %% ../nbs/03_checkpoint.ipynb #d39c41db
 flags = 'do_wd','force_train'
 
 def _check_numbers(t, p, what):
@@ -126,9 +127,10 @@ def _check_param_state(i, s, p):
     if not set(s) & (_averages | {'step', 'waited'}): return # it has never been updated
     if lacks := (_averages | {'step'}) - set(s): raise ValueError(f"{at}: no {', '.join(sorted(lacks))} in its state: was it saved by Adam or RAdam?")
     for k in sorted(_averages): _check_numbers(s[k], p, f'{at}: {k}')
-    if (s['sqr_avg'] < 0).any(): raise ValueError(f"{at}: sqr_avg in the checkpoint has numbers below 0")
+    if (s['sqr_avg'].to(p.dtype) < 0).any(): raise ValueError(f"{at}: sqr_avg in the checkpoint has numbers below 0")
     for k in ('step', 'waited'): check_count(s.get(k, 0), f"{at}: {k}")
-    if s.get('waited', 0) > s['step']: raise ValueError(f"{at}: waited must be at most step ({s['step']}), got {s['waited']}")
+    step,waited = (_number(s.get(k, 0)) for k in ('step', 'waited'))
+    if waited > step: raise ValueError(f"{at}: waited must be at most step ({step}), got {waited}")
 
 # %% ../nbs/03_checkpoint.ipynb #b75dfac3
 def check_fit(
@@ -227,16 +229,20 @@ def check_model(
         if (t.is_floating_point(), t.is_complex()) != (mine.is_floating_point(), mine.is_complex()): raise ValueError(f"{k} is {t.dtype} in the file, {mine.dtype} in the model")
         if t.is_floating_point() and (~t.to(mine.dtype).isfinite() if k in weights else t.isnan()).any(): raise ValueError(f"{k} has nan or inf in the file (as {mine.dtype})")
 
-# %% ../nbs/12_guard.ipynb #2b5fcfa2
-def _check_opt(opt, sd):
-    "Raise a `ValueError` that names what differs unless `sd` can be the state of `opt`, if that is fastai's Adam, RAdam or ranger"
-    if type(opt) not in (Optimizer, Lookahead) or not set(_required) <= set(opt.hypers[0]) <= {*_required, 'beta'}: return
+# %% ../nbs/12_guard.ipynb #7317a5d3
+def _for_fastai(opt, sd):
+    "`sd`, its averages in the dtypes of the parameters, if `opt` is fastai's Adam, RAdam or ranger; a `ValueError` that names what differs unless it fits"
+    if type(opt) not in (Optimizer, Lookahead) or not set(_required) <= set(opt.hypers[0]) <= {*_required, 'beta'}: return sd
     check_fit(read_state(sd), opt.param_lists, opt.hypers)
+    if 'hypers' not in sd: raise ValueError("this is the state of a PyTorch optimizer, which fastai's cannot read")
     if isinstance(opt, Lookahead) != ('slow_weights' in sd): raise ValueError("one of the optimizer and its state is a Lookahead optimizer's (with slow_weights), the other is not")
     if isinstance(opt, Lookahead):
         check_count(sd.get('count'), 'count')
         check_slow_weights(sd['slow_weights'], opt.param_lists)
+    ps = (p for pg in opt.param_lists for p in pg)
+    return {**sd, 'state': [{k: v.to(p.dtype) if k in _averages else v for k,v in s.items()} for s,p in zip(sd['state'], ps)]}
 
+# %% ../nbs/12_guard.ipynb #9457dd51
 def load_all(
     learn:Learner, # With its optimizer, unless that is not to be loaded
     model_state:dict, # From `model.state_dict()`
@@ -246,7 +252,7 @@ def load_all(
     model,opt = get_model(learn.model),learn.opt
     check_model(model, model_state)
     if opt_state is not None:
-        _check_opt(opt, opt_state)
+        opt_state = _for_fastai(opt, opt_state)
         parts = [o for o in (opt, getattr(opt, 'opt', None)) if o is not None] # a Lookahead or a wrapper holds another
         before = [dict(vars(o)) for o in parts]
         try: opt.load_state_dict(to_device(dict(opt_state), next(model.parameters()).device)) # fastai's keeps these very tensors

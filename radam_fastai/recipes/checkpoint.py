@@ -63,7 +63,7 @@ def save_checkpoint(
         with replacing(path) as tmp: torch.save(plain(state), tmp)
     except RuntimeError as e: raise cannot_write(path, e) from e # as PyTorch reports a disk that is full
 
-# %% ../../nbs/21_recipes.checkpoint.ipynb #cd60785a
+# %% ../../nbs/21_recipes.checkpoint.ipynb #704bff0a
 _form = dict(run=str, epoch=int, n_epoch=int, train_iter=int, model=dict, opt=dict, smooth_loss=list, scaler=(dict,type(None)), steps=list, epochs=list,
              hypers=(list,type(None)))
 
@@ -75,7 +75,7 @@ def _wrong(state):
         if not isinstance(state[k], kind): return f'its {k} is a {type(state[k]).__name__}'
     if not (1 <= state['epoch'] <= state['n_epoch'] and state['train_iter'] >= 0): return 'its epochs cannot be counted'
     for k in 'steps','epochs','hypers':
-        if not all(isinstance(o, dict) for o in state[k] or []): return f'its {k} are no rows'
+        if not all(isinstance(o, dict) and o.keys() == state[k][0].keys() for o in state[k] or []): return f'its {k} are no rows of a table'
     numbers = [*state['smooth_loss'], *(state['scaler'] or {}).values()]
     if len(state['smooth_loss']) != 2 or not all(isinstance(o, Real) or isinstance(o, Tensor) and o.numel() == 1 for o in numbers): return 'its loss is no number'
 
