@@ -669,7 +669,7 @@ def _stop(self:StopOnNonFinite, what):
     warnings.warn(f"StopOnNonFinite: {self.stopped}")
     raise CancelFitException
 
-# %% ../nbs/12_guard.ipynb #84c610cc
+# %% ../nbs/12_guard.ipynb #b8e697b9
 def check_writable(
     path:Path, # File to be written later
 ):
@@ -697,6 +697,7 @@ def _save(self:StopOnNonFinite):
         save_model(_draft(self._path), self.model, self.opt)
         if rank_distrib() == 0: os.replace(_draft(self._path), self._path)
     except (OSError, RuntimeError) as e: # a full disk is either
+        _draft(self._path).unlink(missing_ok=True)
         return f"{good}, in memory alone: {self._path} could not be written ({e})"
     return f"{good}, and saved: load_strict(learn, {str(self.file)!r}) goes on from {self._path}"
 

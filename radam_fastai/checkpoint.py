@@ -98,7 +98,7 @@ def read_state(
     else: raise ValueError(f"not the state of a fastai or PyTorch optimizer: it has {', '.join(map(str, sd)) or 'nothing'}, not state and hypers or param_groups")
     return {**sd, 'hypers': [{k: _float(v, f'group {i} of the checkpoint: {k}') for k,v in h.items()} for i,h in enumerate(sd['hypers'])]}
 
-# %% ../nbs/03_checkpoint.ipynb #a2eca118
+# %% ../nbs/03_checkpoint.ipynb #27073aee
 def check_count(
     n, # Number of steps: a real number or a tensor of one element
     name:str, # What it counts
@@ -107,7 +107,7 @@ def check_count(
     "Raise a `ValueError` that names the count unless `n` is a whole number of at least `least`"
     n = _number(n)
     if isinstance(n, int) and abs(n) > 2**53: n = math.inf if n > 0 else -math.inf # it may be too long to print
-    if not isinstance(n, Real) or not least <= n <= 2**53 or n != int(n): raise ValueError(f"{name} must be a whole number of at least {least}, got {n if isinstance(n, Real) else type(n).__name__}")
+    if not isinstance(n, Real) or not least <= n <= 2**53 or n != int(n): raise ValueError(f"{name} must be a whole number of at least {least}, got {str(n)[:40] if isinstance(n, (Real, str)) else type(n).__name__}")
 
 # %% ../nbs/03_checkpoint.ipynb #d39c41db
 flags = 'do_wd','force_train'

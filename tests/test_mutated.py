@@ -148,6 +148,43 @@ def whole(name): return frozen(run(build(PAIRS[name][1]), range(8)))
 def test_states(name):
     for seed in range(200 if FULL else 20): tally['states', try_state(name, seed)] += 1
 
+def put(sd, path, v):
+    for k in path[:-1]: sd = sd[k]
+    sd[path[-1]] = v
+
+TRAPS = { # what a careless reader would take: into fastai's kind of state, or torch's
+    'a count that no float can be': (RAdam, ('state', 0, 'step'), 10**400, 'parameter 0.*step must be a whole number'),
+    'a count that float64 rounds':  (RAdam, ('state', 0, 'step'), 2**53+1, 'parameter 0.*step must be a whole number'),
+    'a count beyond counting':      (RAdam, ('state', 0, 'step'), 1e300, 'parameter 0.*step must be a whole number'),
+    'a wait that no float can be':  (RAdam, ('state', 0, 'waited'), 10**400, 'parameter 0.*waited must be a whole number'),
+    'another average under the name of the other library': (RAdam, ('state', 0, 'exp_avg'), torch.zeros(1), 'state 0 has exp_avg'),
+    'the same in torch\'s state':   (TorchRAdam, ('state', 0, 'grad_avg'), numbers((3,4), 5), 'state 0 has grad_avg'),
+    'a state of nobody':            (TorchRAdam, ('state', 9), {}, 'state for 9, which none of its groups has'),
+    'a parameter twice':            (TorchRAdam, ('param_groups', 1, 'params'), [2, 0], 'name a parameter twice'),
+    'a third beta':                 (TorchRAdam, ('param_groups', 0, 'betas'), (.9, .99, .5), 'group 0.*betas must be two numbers, got 3'),
+    'text that means yes':          (TorchRAdam, ('param_groups', 0, 'decoupled_weight_decay'), 'no', 'group 0.*decoupled_weight_decay must be a bool, got str'),
+    'a number as text':             (RAdam, ('hypers', 0, 'lr'), '0.1', "group 0.*lr must be a number, got str '0.1'"),
+    'an empty list of slow weights': (Ranger, ('slow_weights',), [[], []], 'slow_weights .*shapes'),
+    'a slow weight of nan':         (Ranger, ('slow_weights', 0, 1), torch.full((5,), float('nan')), 'parameter 1.*slow_weights in the checkpoint has nan'),
+}
+
+@pytest.mark.parametrize('name', TRAPS)
+def test_traps(name):
+    cls,path,value,says = TRAPS[name]
+    opt = run(build(cls), range(8))
+    sd,before = copy.deepcopy(opt.state_dict()),frozen(opt)
+    put(sd, path, value)
+    with pytest.raises(ValueError, match=says): opt.load_state_dict(sd)
+    assert identical(frozen(opt), before)
+
+@pytest.mark.parametrize('cls', [RAdam, Ranger, TorchRAdam], ids=['RAdam', 'Ranger', 'torch'])
+def test_a_missing_hyper_is_not_made_up(cls):
+    opt = run(build(cls), range(8))
+    for k in ('lr', 'betas', 'eps', 'weight_decay') if is_torch(cls) else ('lr', 'mom', 'sqr_mom', 'eps', 'wd'):
+        sd = copy.deepcopy(opt.state_dict())
+        del sd['param_groups' if is_torch(cls) else 'hypers'][1][k]
+        with pytest.raises(ValueError, match=f'group 1 of the checkpoint has no {k}'): opt.load_state_dict(sd)
+
 # ---- files
 
 LEARNERS = dict(RAdam=RAdam, Ranger=Ranger, RAdamWrapper=RAdamWrapper, adam=fo.Adam, ranger=fo.ranger)
