@@ -10,7 +10,7 @@
 # %% auto #0
 __all__ = ['reference_settings', 'RAdamFn', 'RangerFn', 'check_params', 'RuledAdam', 'RAdam', 'Ranger']
 
-# %% ../nbs/04_optimizer.ipynb #3375b121
+# %% ../nbs/04_optimizer.ipynb #23a86361
 from collections import defaultdict
 from copy import deepcopy
 from functools import partial
@@ -25,7 +25,7 @@ from fastcore.foundation import L
 from torch import Tensor
 
 from .bucket import Buckets, fastai_keys
-from .checkpoint import check_count, check_fit, keep_flags, read_state
+from .checkpoint import check_count, check_fit, check_slow_weights, keep_flags, read_state
 from .functional import check_hypers, check_settings, copy_like
 from .rectify import check_threshold, rectification
 
@@ -117,7 +117,7 @@ def clear_state(self:RuledAdam):
     self._buckets.forget()
     super(RuledAdam, self).clear_state()
 
-# %% ../nbs/04_optimizer.ipynb #25c63fb0
+# %% ../nbs/04_optimizer.ipynb #a0e27e00
 @patch
 def state_dict(self:RuledAdam) -> dict:
     "`state` (a dict per parameter) and `hypers` (a dict per group)"
@@ -143,7 +143,7 @@ def load_state_dict(self:RuledAdam,
 ):
     "Copy the state in `sd`, or raise a `ValueError` that names what does not fit, with nothing changed"
     sd = self._read(sd)
-    if 'slow_weights' in sd: raise ValueError("this is the state of a Lookahead optimizer (it has slow_weights): load it into Ranger")
+    if also := {'slow_weights', 'count'} & set(sd): raise ValueError(f"this is the state of a Lookahead optimizer (it has {', '.join(sorted(also))}): load it into Ranger")
     ps = [p for pg in self.param_lists for p in pg]
     self._buckets.forget()
     self.state = defaultdict(dict, {p: self._copy_state(p, s) for p,s in zip(ps, sd['state'])})
@@ -203,7 +203,7 @@ def clear_state(self:Ranger):
     super(Ranger, self).clear_state()
     self._forget()
 
-# %% ../nbs/04_optimizer.ipynb #d4efa457
+# %% ../nbs/04_optimizer.ipynb #9ec6ce87
 @patch
 def state_dict(self:Ranger) -> dict:
     "The state of `RAdam` with `count` (steps so far) and `slow_weights` (a list per group, or `None` before the first step)"
@@ -216,13 +216,10 @@ def load_state_dict(self:Ranger,
     "Copy the state in `sd`, or raise a `ValueError` that names what does not fit, with nothing changed"
     if not isinstance(sd, dict) or not {'count', 'slow_weights'} <= set(sd):
         raise ValueError("not the state of a Lookahead optimizer: it has no count and slow_weights")
-    inner = {k: v for k,v in sd.items() if k not in ('count', 'slow_weights')}
-    self._read(inner)
-    check_count(sd['count'], 'count')
     slow = sd['slow_weights']
-    if slow is not None and [[getattr(o, 'shape', None) for o in pg] for pg in slow] != [[p.shape for p in pg] for pg in self.param_lists]:
-        raise ValueError("the slow_weights of the checkpoint do not have the shapes of this optimizer's parameters")
-    RAdam.load_state_dict(self, inner)
+    check_count(sd['count'], 'count')
+    check_slow_weights(slow, self.param_lists)
+    RAdam.load_state_dict(self, {k: v for k,v in sd.items() if k not in ('count', 'slow_weights')})
     self.count = int(sd['count'])
     self.slow_weights = slow and [[copy_like(o, p) for o,p in zip(a, b)] for a,b in zip(slow, self.param_lists)]
 

@@ -86,7 +86,7 @@ def __setstate__(self:RAdam, state):
         for k,v in self.defaults.items(): g.setdefault(k, v)
         g.update(capturable=False, differentiable=False) # how the checkpoint was stepped, not what is in it
 
-# %% ../nbs/05_torch_optim.ipynb #edf938d1
+# %% ../nbs/05_torch_optim.ipynb #e9af7ea2
 def _to_torch(sd, groups):
     "A state in fastai's layout in torch's, with the further settings of `groups`"
     names,n = {'grad_avg': 'exp_avg', 'sqr_avg': 'exp_avg_sq'},count()
@@ -99,7 +99,7 @@ def _readable(opt, state_dict):
     "`state_dict` in torch's layout, once it is known to fit `opt`"
     sd = read_state(state_dict)
     check_fit(sd, [g['params'] for g in opt.param_groups], [{**_hypers(g), 'beta': 0.} for g in opt.param_groups])
-    if 'slow_weights' in sd: raise ValueError("this is the state of a Lookahead optimizer (it has slow_weights): load it into radam_fastai.optimizer.Ranger")
+    if also := {'slow_weights', 'count'} & set(sd): raise ValueError(f"this is the state of a Lookahead optimizer (it has {', '.join(sorted(also))}): load it into radam_fastai.optimizer.Ranger")
     if any(h.get('beta') for h in sd['hypers']): raise ValueError("this state is of a RAdam with a softplus denominator (beta), which torch's does not have")
     return _to_torch(sd, opt.param_groups) if 'hypers' in state_dict else state_dict
 

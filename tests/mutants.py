@@ -7,7 +7,7 @@ from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
 
-modules = 'rectify','parity','warmup','optimizer','checkpoint','torch_optim','learner','callback','gradients','advisor' # with tests to run
+modules = 'rectify','parity','warmup','optimizer','checkpoint','torch_optim','learner','callback','gradients','advisor','guard','mutated','numbers' # with tests to run
 
 mutants = { # name: (module, what is there, what stands there instead)
     'threshold 4 instead of 5':      ('rectify', 'threshold:float=5, # The adaptive', 'threshold:float=4, # The adaptive'),
@@ -101,6 +101,44 @@ mutants = { # name: (module, what is there, what stands there instead)
     'a second state in the wrapper': ('torch_optim', 'def state(self): return self.opt.state', 'def state(self): return self.__dict__.setdefault("_state", defaultdict(dict))'),
 }
 
+near_by = dict(readout=['callback'], callback=['gradients'], warmup=['advisor']) # whose tests to run next to a module's own
+near_tests = dict(callback='guard', functional='numbers') # and first, for those that follow
+unbreakable = { # of the guard, the loaders, and where numbers end
+    'NaN is loaded':                 ('checkpoint', 'if not t.detach().to(p.dtype).isfinite().all():', 'if False:'),
+    'a missing hyper unnoticed':     ('checkpoint', 'if lacks := set(_required) - set(new):', 'if lacks := set():'),
+    'three betas':                   ('checkpoint', "if len(g['betas']) != 2:", 'if False:'),
+    'an average under two names':    ('checkpoint', 'if mixed := set(others) & set(s):', 'if mixed := set():'),
+    'text for a number':             ('checkpoint', 'if not isinstance(v, Real): raise ValueError(f"{what} must be a number', 'if False: raise ValueError(f"{what} must be a number'),
+    'a count beyond counting':       ('checkpoint', 'not least <= n <= 2**53', 'not least <= n < math.inf'),
+    'flags of any type':             ('checkpoint', "for k in flags: _expect(s.get(k, True), bool, f'{at}: {k}')", 'pass'),
+    'slow weights unchecked':        ('optimizer', 'check_slow_weights(slow, self.param_lists)', 'pass'),
+    'checksums ignored':             ('checkpoint', 'if bad := z.testzip():', 'if bad := None:'),
+    'code runs':                     ('checkpoint', 'load_model(path, model, opt)', 'load_model(path, model, opt, weights_only=False)'),
+    'code runs in a recipe':         ('recipes/checkpoint', "map_location='cpu', weights_only=True", "map_location='cpu', weights_only=False"),
+    'the model is loaded first':     ('checkpoint', '    check_model(model, model_state)\n', '    check_model(model, model_state)\n    model.load_state_dict(model_state)\n'),
+    'no way back':                   ('checkpoint', 'vars(o).clear(), vars(o).update(old)', 'pass'),
+    'NaN in a weight':               ('checkpoint', 'if t.is_floating_point() and (~t', 'if False and (~t'),
+    'an optimizer is no need':       ('checkpoint', 'if with_opt and opt_state is None: raise', 'if False: raise'),
+    'rows of no table':              ('recipes/checkpoint', "if not all(isinstance(o, dict) and o.keys() == state[k][0].keys() for o in state[k] or []):", 'if False:'),
+    'statistics stay bad':           ('callback', 'if not b.equal(old): b.detach().copy_(old)', 'pass'),
+    'bad gradients stay':            ('callback', 'self.opt.zero_grad() # or', 'pass # or'),
+    'gradients are not looked at':   ('callback', 'values = [*losses, get_total_norm(grads)] if grads else losses', 'values = losses'),
+    'losses are not looked at':      ('callback', 'values = [*losses, get_total_norm(grads)] if grads else losses', 'values = [get_total_norm(grads)] if grads else []'),
+    'looked at behind the clipping': ('callback', 'order,run_valid = MixedPrecision.order+.5,False', 'order,run_valid = MixedPrecision.order+1.5,False'),
+    'looked at before the unscaling': ('callback', 'order,run_valid = MixedPrecision.order+.5,False', 'order,run_valid = MixedPrecision.order-.5,False'),
+    'one process stops alone':       ('callback', 'if num_distrib() > 1: torch', 'if False: torch'),
+    'broken weights are good':       ('callback', 'if bad: return f"But', 'if False: return f"But'),
+    'the finder is guarded':         ('callback', "hasattr(self, 'gather_preds')\n        if self.run and self.file", "hasattr(self, 'gather_preds')\n        self.run = True\n        if self.file"),
+    'skips without end':             ('callback', 'self.n_skipped >= self.max_skips', 'False'),
+    'left-over batches unnoticed':   ('callback', 'def after_train(self): self._check([]) # batches', 'def after_train(self): pass # batches'),
+    'an unwritable path is late news': ('callback', 'rank_distrib() == 0: check_writable(self._path)', 'False: check_writable(self._path)'),
+    'bad gradients count as none':   ('functional', "    if l2: grads = torch", "    grads = [g.nan_to_num(0., 0., 0.) for g in grads]\n    if l2: grads = torch"),
+    'some eps is always there':      ('functional', 'adam = dict(mom=mom, sqr_mom=sqr_mom, eps=eps)', 'adam = dict(mom=mom, sqr_mom=sqr_mom, eps=max(eps, 1e-30))'),
+    'long runs count no further':    ('functional', 'float(step), dtype=torch.float32', 'float(min(step, 65535)), dtype=torch.float32'),
+    'β2 in half the digits':         ('functional', 'torch._foreach_div_(denoms, math.sqrt(1 - sqr_mom**step))', 'torch._foreach_div_(denoms, math.sqrt(1 - float(torch.tensor(sqr_mom))**step))'),
+}
+mutants.update(unbreakable)
+
 def caught(
     name:str # One of `mutants`
 )->str: # The first test that failed, or nothing
@@ -112,8 +150,8 @@ def caught(
         src = f.read_text()
         assert src.count(old) == 1, f'{name}: {old!r} stands {src.count(old)} times in {module}'
         f.write_text(src.replace(old, new))
-        near = {module, *dict(readout=['callback'], callback=['gradients'], warmup=['advisor']).get(module, [])}
-        tests = [f'tests/test_{t}.py' for t in sorted(modules, key=lambda t: t not in near)]
+        near = [near_tests.get(module, 'mutated'), 'guard', 'mutated'] if name in unbreakable else [module, *near_by.get(module, [])]
+        tests = [f'tests/test_{t}.py' for t in sorted(modules, key=lambda t: near.index(t) if t in near else len(near))]
         env = {**os.environ, 'PYTHONPATH': d}
         res = subprocess.run([sys.executable, '-m', 'pytest', '-x', '-q', '-p', 'no:cacheprovider', *tests], cwd=d, env=env, capture_output=True, text=True)
         return next((l.split(' - ')[0] for l in res.stdout.splitlines() if l.startswith(('FAILED', 'ERROR'))), '')

@@ -23,7 +23,7 @@ def plain_step(p, g, state, *, lr, mom, sqr_mom, eps, wd=0., beta=0., decouple_w
     if r is None: return p - lr*m_hat
     bias = math.sqrt(1-sqr_mom**t)
     denom = v.sqrt()/bias + eps if eps_debiased else (v.sqrt()+eps)/bias
-    if beta: denom = torch.log1p(torch.exp(denom*beta))/beta
+    if beta: denom = torch.logaddexp(torch.zeros_like(denom), denom*beta)/beta # softplus
     return p - lr*r*m_hat/denom
 
 def rel_err(a, b):

@@ -8,13 +8,16 @@ A training run depends on four things: weights, optimizer state, where its sched
 __all__ = ['RECORDED', 'epoch_seed', 'SeedEpochs', 'plain', 'save_checkpoint', 'load_checkpoint', 'run_state', 'restore_run',
            'start_at', 'EpochCheckpoint']
 
-# %% ../../nbs/21_recipes.checkpoint.ipynb #86c4171b
-import pickle,random,zipfile
+# %% ../../nbs/21_recipes.checkpoint.ipynb #ca8a4874
+import random
 from contextlib import contextmanager
+from functools import partial
+from numbers import Real
 from pathlib import Path
 from typing import Callable
 
-from .runs import RecipeError,RunRecorder,cannot_write,is_main,replacing
+from .runs import RecipeError,RunRecorder,cannot_write,is_main,replacing # before fastai
+from ..checkpoint import load_all,read_file
 
 import numpy as np
 import torch
@@ -60,23 +63,32 @@ def save_checkpoint(
         with replacing(path) as tmp: torch.save(plain(state), tmp)
     except RuntimeError as e: raise cannot_write(path, e) from e # as PyTorch reports a disk that is full
 
-# %% ../../nbs/21_recipes.checkpoint.ipynb #5dd7b41b
+# %% ../../nbs/21_recipes.checkpoint.ipynb #ac753dc0
+_form = dict(run=str, epoch=int, n_epoch=int, train_iter=int, model=dict, opt=dict, smooth_loss=list, scaler=(dict,type(None)), steps=list, epochs=list,
+             hypers=(list,type(None)), notes=dict)
+
+def _wrong(state):
+    "What keeps `state` from being a run's, or `None`"
+    if not isinstance(state, dict): return f'it holds a {type(state).__name__}'
+    for k,kind in _form.items():
+        if k not in state: return f'it has no {k}'
+        if not isinstance(state[k], kind): return f'its {k} is a {type(state[k]).__name__}'
+    if not (1 <= state['epoch'] <= state['n_epoch'] and state['train_iter'] >= 0): return 'its epochs cannot be counted'
+    for k in 'steps','epochs','hypers':
+        if not all(isinstance(o, dict) and o.keys() == state[k][0].keys() for o in state[k] or []): return f'its {k} are no rows of a table'
+    numbers = [*state['smooth_loss'], *(state['scaler'] or {}).values()]
+    if len(state['smooth_loss']) != 2 or not all(isinstance(o, Real) or isinstance(o, Tensor) and o.numel() == 1 for o in numbers): return 'its loss is no number'
+
 def load_checkpoint(
     path:Path, # File from `save_checkpoint`
 ) -> dict: # What was saved, its tensors on the CPU
     "Read a checkpoint without running code from it; a `RecipeError` if it is damaged or none"
-    try:
-        with zipfile.ZipFile(path) as z:
-            if (bad := z.testzip()): raise zipfile.BadZipFile(f'wrong checksum of {bad}')
-        state = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e: # of a damaged file, PyTorch and pickle raise anything
-        why = 'it is not only data' if isinstance(e, pickle.UnpicklingError) else str(e).strip().split('\n')[0]
-        raise RecipeError(f'{path} is not a whole checkpoint ({why}): delete it, and its run starts again') from e
-    if not isinstance(state, dict) or not {'model','opt','epoch','run'} <= set(state):
-        raise RecipeError(f'{path} is no checkpoint of a recipe: delete it, or name another folder')
+    try: state = read_file(path, partial(torch.load, map_location='cpu', weights_only=True))
+    except (ValueError, OSError) as e: raise RecipeError(f'{e}: delete it, and its run starts again') from e
+    if wrong := _wrong(state): raise RecipeError(f'{path} is no checkpoint of a recipe ({wrong}): delete it, or name another folder')
     return state
 
-# %% ../../nbs/21_recipes.checkpoint.ipynb #8746faa7
+# %% ../../nbs/21_recipes.checkpoint.ipynb #b7b1dda2
 RECORDED = 'steps','epochs','hypers','notes' # of a `RunRecorder`
 
 def run_state(
@@ -94,15 +106,15 @@ def restore_run(
     rec:RunRecorder, # Among its callbacks
     state:dict, # From `run_state`
 ):
-    "Put `state` into `learn` and `rec`; a `RecipeError` if it does not fit"
+    "Put `state` into `learn` and `rec`; a `RecipeError` if it does not fit, with nothing changed"
     if learn.n_epoch != state['n_epoch']: raise RecipeError(f"the checkpoint of {state['run']} is of a run of {state['n_epoch']} epochs, not {learn.n_epoch}")
-    try:
-        get_model(learn.model).load_state_dict(state['model'])
-        learn.opt.load_state_dict(state['opt'])
-    except (RuntimeError, ValueError, AssertionError) as e:
-        raise RecipeError(f"the checkpoint of {state['run']} does not fit the model or the optimizer: {' '.join(str(e).split())}") from e
+    scaler = getattr(learn, 'scaler', None)
+    if state['scaler'] and set(state['scaler']) != set(scaler.state_dict() if scaler else ()):
+        raise RecipeError(f"the checkpoint of {state['run']} has the loss scale of another precision")
+    try: load_all(learn, state['model'], state['opt'])
+    except ValueError as e: raise RecipeError(f"the checkpoint of {state['run']} does not fit the model or the optimizer: {' '.join(str(e).split())}") from e
     learn.recorder.smooth_loss.val,learn.recorder.smooth_loss.count = state['smooth_loss']
-    if state['scaler']: learn.scaler.load_state_dict(state['scaler'])
+    if state['scaler']: scaler.load_state_dict(state['scaler'])
     learn.train_iter = state['train_iter']
     for k in RECORDED: setattr(rec, k, state[k])
 
