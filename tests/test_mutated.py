@@ -344,3 +344,26 @@ def try_recipe(name, seed, path):
 @pytest.mark.parametrize('name', ['RAdam', 'Ranger', 'adam'])
 def test_recipes(name, tmp_path):
     for seed in range(150 if FULL else 15): tally['recipes', try_recipe(name, seed, tmp_path/'a.pth')] += 1
+
+RECIPE_TRAPS = { # what was done to the state, and what is said of the file
+    'a row without its loss':   (lambda s: s['steps'][1].pop('loss'), 'its steps are no rows of a table'),
+    'a row that is none':       (lambda s: s['epochs'].append(3), 'its epochs are no rows of a table'),
+    'no epochs to count':       (lambda s: s.pop('n_epoch'), 'it has no n_epoch'),
+    'more epochs than there are': (lambda s: s.update(epoch=9), 'its epochs cannot be counted'),
+    'half a smoothed loss':     (lambda s: s['smooth_loss'].pop(), 'its loss is no number'),
+    'a loss scale':             (lambda s: s.update(scaler=dict(scale=2.)), 'has the loss scale of another precision'),
+    'a model that is a list':   (lambda s: s.update(model=[1]), 'its model is a list'),
+    'a weight of nan':          (lambda s: s['model']['1.1.bias'].fill_(float('nan')), 'does not fit the model or the optimizer: 1.1.bias has nan or inf'),
+    'an average of nan':        (lambda s: s['opt']['state'][0]['sqr_avg'].fill_(float('nan')), 'does not fit the model or the optimizer: .*parameter 0.*sqr_avg .*nan or inf'),
+}
+
+@pytest.mark.parametrize('opt', ['RAdam', 'adam'])
+@pytest.mark.parametrize('name', RECIPE_TRAPS)
+def test_recipe_traps(name, opt, tmp_path):
+    change,says = RECIPE_TRAPS[name]
+    (learn,rec),state = recipe_learner(opt),copy.deepcopy(recipe_state(opt))
+    change(state)
+    before = recipe_held(learn, rec)
+    save_checkpoint(tmp_path/'a.pth', state)
+    with pytest.raises(RecipeError, match=says): restore_run(learn, rec, load_checkpoint(tmp_path/'a.pth'))
+    assert identical(recipe_held(learn, rec), before)
