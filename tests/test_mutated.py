@@ -279,6 +279,7 @@ def evil_files(marker):
             torch.save(sd, f, **kw)
             yield f'{at}, {kw}',f.getvalue()
 
+@pytest.mark.filterwarnings('ignore:Detected pickle protocol')
 def test_no_code_runs(tmp_path):
     marker,path = tmp_path/'ran',tmp_path/'a.pth'
     learn,before = trained('RAdam')[0],held(trained('RAdam')[0])
