@@ -204,7 +204,7 @@ def plot_runs(
     fig.suptitle(title)
     return fig
 
-# %% ../nbs/07_plot.ipynb #1f654e5b
+# %% ../nbs/07_plot.ipynb #f3a723fa
 def plot_summary(
     groups:dict, # Name → records, all with the same metrics
     metric:str=None, # Column of the epochs; the first metric, or the validation loss if there is none
@@ -213,14 +213,15 @@ def plot_summary(
     if metric is None:
         last,not_metrics = next(iter(groups.values()))[0]['epochs'][-1],('epoch', 'step', 'train_loss', 'valid_loss', 'train_secs', 'secs')
         metric = next((k for k in last if k not in not_metrics), 'valid_loss')
-    fig,axs = plt.subplots(1, 2, figsize=(11, max(3., .35*len(groups)+1)), layout='constrained')
+    names = [n if len(n) <= 80 else f'{n[:79]}…' for n in groups]
+    fig,axs = plt.subplots(1, 2, figsize=(10 + .07*max(map(len, names)), max(3., .35*len(groups)+1)), layout='constrained')
     for i,rs in enumerate(groups.values()):
         for r in rs: axs[0].plot([e['epoch']+1 for e in r['epochs']], [e[metric] for e in r['epochs']], '.-', lw=1, color=color(i))
         last = [r['epochs'][-1][metric] for r in rs]
         axs[1].plot(last, [i]*len(rs), '|', ms=12, color=color(i))
         if len(rs) > 1: axs[1].errorbar(np.mean(last), i, xerr=np.std(last, ddof=1), fmt='o', color=color(i), capsize=3)
     axs[0].set(xlabel='epoch', ylabel=metric)
-    axs[1].set(yticks=range(len(groups)), yticklabels=list(groups), ylim=(len(groups)-.5, -.5), xlabel=f'{metric} after the last epoch: runs, mean ± standard deviation')
+    axs[1].set(yticks=range(len(groups)), yticklabels=names, ylim=(len(groups)-.5, -.5), xlabel=f'{metric} after the last epoch: runs, mean ± standard deviation')
     return fig
 
 # %% ../nbs/07_plot.ipynb #c4f03ed6

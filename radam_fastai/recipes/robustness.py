@@ -110,13 +110,13 @@ def image_learner(
     return Learner(tensor_dls(*loaded, o['bs'], augment), resnet20(n_in=loaded[0][0].shape[1]), loss_func=CrossEntropyLossFlat(),
                    opt_func=contender(o), metrics=accuracy, wd_bn_bias=False, cbs=ChannelsLast())
 
-# %% ../../nbs/41_recipes.robustness.ipynb #80a9d382
+# %% ../../nbs/41_recipes.robustness.ipynb #a7b77768
 SMALL = dict(sched='flat_cos', pct_start=.5, epochs=6, bs=32, size=16, n_items=4000, n_valid=2000, augment=False, mom=.9, sqr_mom=.99, eps=1e-8, wd=1e-4)
 PAPER = dict(sched='step', epochs=164, bs=128, size=32, n_items=None, n_valid=None, augment=True, mom=.9, sqr_mom=.999, eps=1e-8, wd=1e-4)
 
 lr_robustness = Experiment(
     'Over how wide a range of learning rates does each optimizer come within 1 % of its best?',
-    dict(small=(SMALL, grid(opt=['adam','radam','adam-linear'], lr=[.1,.03,.01,.003,.001]) + grid(opt=['sgd'], lr=[1.,.3,.1,.03,.01])),
+    dict(small=(SMALL, grid(opt=['adam','radam','adam-linear'], lr=[.1,.03,.01,.003,.001]) + grid(opt=['sgd'], lr=[1.,.3,.1,.03])),
          paper=(PAPER, grid(opt=['adam','radam','adam-linear'], lr=[.1,.03,.01,.003,.001]) + grid(opt=['sgd'], lr=[1.,.3,.1,.03,.01]))),
     load_images, image_learner, show_sweep)
 
