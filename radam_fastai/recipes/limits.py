@@ -7,13 +7,13 @@ Two experiments about the rectifier itself rather than about who wins. `variance
 # %% auto #0
 __all__ = ['VARIANCE_STEPS', 'variance', 'degenerate', 'VarianceNote', 'variance_frame', 'show_variance', 'show_degenerate']
 
-# %% ../../nbs/43_recipes.limits.ipynb #cec34843
+# %% ../../nbs/43_recipes.limits.ipynb #4d6dc617
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
 from ..callback import AdaptiveLRVariance
-from ..plot import new_axes,plot_lr_variance
+from ..plot import color,new_axes,plot_lr_variance
 from ..rectify import rho_inf
 from .robustness import SMALL,image_learner,load_images
 from .sweep import Experiment,grid
@@ -59,7 +59,7 @@ variance = Experiment(
          paper=({**_one_epoch, 'size':32, 'n_items':None, 'n_valid':None, 'bs':128}, grid(opt=['radam'], lr=[.01], sqr_mom=[.99,.999]))),
     load_images, image_learner, show_variance, lambda learn: [VarianceNote(learn)])
 
-# %% ../../nbs/43_recipes.limits.ipynb #6f07eeab
+# %% ../../nbs/43_recipes.limits.ipynb #c37c9bc4
 def show_degenerate(
     records:list, # Of runs of the experiment, with momentum SGD of the same seeds among them
 ) -> dict: # File name → `DataFrame` or figure
@@ -73,11 +73,11 @@ def show_degenerate(
     def row(b, rs):
         return {'β2': f'{b:.4g}', 'rho_inf': f'{rho_inf(b):.3g}', 'runs': len(rs), 'updates': sum(r['n_steps'] for r in rs), 'of them adaptive': sum(sum(r['steps']['adaptive']) for r in rs),
                 'largest difference in loss from momentum SGD': f'{max(away(r).max() for r in rs):.3g}'}
-    ax = new_axes(figsize=(6.5, 3.6))
-    for b,rs in sorted(by.items()): ax.plot(1 + np.arange(rs[0]['n_steps']), away(rs[0]), lw=1, label=f'β2 {b:.4g}')
-    ax.set(yscale='symlog', xlabel='update', ylabel='|loss - loss of momentum SGD|')
+    ax = new_axes(figsize=(7.5, 3.6))
+    for i,(b,rs) in enumerate(sorted(by.items())): ax.plot(1 + np.arange(rs[0]['n_steps']), away(rs[0]), lw=1, color=color(i), label=f'β2 {b:.4g}')
+    ax.set(xlabel='update', ylabel='|loss - loss of momentum SGD|')
     ax.set_yscale('symlog', linthresh=1e-6)
-    ax.legend(fontsize='small')
+    ax.legend(fontsize='small', loc='center left', bbox_to_anchor=(1, .5))
     return dict(results=pd.DataFrame([row(*o) for o in sorted(by.items())]), degenerate=ax.figure)
 
 _two_epochs = {**SMALL, 'epochs':2}
