@@ -7,7 +7,7 @@
 # %% auto #0
 __all__ = ['MODELS', 'FASTAI', 'TORCH', 'TORCH_RADAM', 'OPTIMS', 'STEP_BYTES', 'ADD_BYTES', 'ADD_SIZE', 'OURS', 'OTHERS', 'FLOOR', 'BENCHES', 'TABLE', 'shapes', 'fresh_params', 'Contestant', 'missing', 'time_in_turn', 'waiter', 'paired_ratio', 'tensors_in', 'state_bytes', 'floor_ms', 'step_rows', 'versions', 'plot_model', 'plot_steps', 'devices', 'Bench', 'check_options', 'facts', 'time_models', 'show', 'bench_step', 'main', 'BS', 'SIDE', 'CALLBACK_TABLE', 'callback_sets', 'Inside', 'begin_fit', 'random_batch', 'bench_learner', 'callback_rows', 'kept_bytes', 'plot_callbacks', 'bench_callback', 'PARTS', 'SETTINGS', 'TRAIN_BS', 'TRAIN_SIDE', 'TRAIN_TABLE', 'Parts', 'pass_momentum_phase', 'write_photos', 'reading_ms', 'train_rows', 'plot_train', 'bench_train']
 
-# %% ../nbs/30_bench.ipynb #6404f8f5
+# %% ../nbs/30_bench.ipynb #fe3962c5
 import platform, random, shlex, time
 from datetime import datetime, timezone
 from functools import partial
@@ -18,7 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Callable, Iterable, NamedTuple
 
-from .recipes.runs import append_record, check, check_choice, check_given, check_out, check_ranges, cpu_name, names, torch_threads, usage
+from .recipes.runs import append_record, check, check_choice, check_out, check_ranges, cpu_name, names, torch_threads, usage
 
 import numpy as np
 import pandas as pd
@@ -310,7 +310,7 @@ def bench_step(
     show(o, df, TABLE, plot_steps(df))
     return df
 
-# %% ../nbs/30_bench.ipynb #553d48f0
+# %% ../nbs/30_bench.ipynb #fc533eb9
 BENCHES['step'] = Bench(bench_step, MODELS, OPTIMS, dict(models='all', rounds=25, warmup=10), least_warmup=10) # RAdam's rectifier must be on
 
 @call_parse(pos=['what'])
@@ -326,10 +326,7 @@ def main(
     out:Path=Path('runs/bench'), # Folder for records.jsonl, and a table and a picture of the latest run
 ):
     "Time one thing beside others, in turn, on one machine"
-    given = dict(locals())
-    with usage(main):
-        check_given(given)
-        o = check_options(what, models, optims, rounds, warmup, threads, device, seed, out)
+    with usage(main, dict(locals())): o = check_options(what, models, optims, rounds, warmup, threads, device, seed, out)
     with torch_threads(o.threads): return BENCHES[what].run(o)
 
 # %% ../nbs/31_bench_callback.ipynb #9156949d

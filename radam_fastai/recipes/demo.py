@@ -7,14 +7,14 @@ The command trains the same small convolutional network twice, with RAdam and wi
 # %% auto #0
 __all__ = ['get_model', 'get_dls', 'get_learner', 'main']
 
-# %% ../../nbs/26_recipes.demo.ipynb #fcf0a207
+# %% ../../nbs/26_recipes.demo.ipynb #884bc446
 from functools import partial
 from pathlib import Path
 
 from .jobs import Run,run_job
 from .memory import digits,tensor_dls
 from .report import runs_table,save_plot
-from .runs import RANGES,check_given,check_out,check_ranges,is_main,opt_func,torch_threads,usage
+from .runs import RANGES,check_out,check_ranges,is_main,opt_func,torch_threads,usage
 
 import fastai.callback.progress,fastai.callback.schedule # progress bars, `fit_flat_cos`
 from fastai.data.core import DataLoaders
@@ -45,7 +45,7 @@ def get_learner(
     return Learner(get_dls(bs), get_model(), loss_func=CrossEntropyLossFlat(), opt_func=opt_func(opt), metrics=accuracy,
                    wd_bn_bias=False)
 
-# %% ../../nbs/26_recipes.demo.ipynb #9bccd81a
+# %% ../../nbs/26_recipes.demo.ipynb #3f21e625
 @call_parse
 def main(
     out:Path=Path('runs/demo'), # Folder for records, tables and figures
@@ -56,10 +56,9 @@ def main(
     resume:bool=False, # Go on with what is in `out`
 ):
     "Train on handwritten digits with RAdam and with Adam, side by side"
-    given,options = dict(locals()),dict(epochs=epochs, lr=lr, bs=bs)
+    options = dict(epochs=epochs, lr=lr, bs=bs)
     def fit(learn): learn.fit_flat_cos(epochs, lr)
-    with usage(main),torch_threads(1):
-        check_given(given)
+    with usage(main, dict(locals())),torch_threads(1):
         check_ranges({**options, 'seed':seed}, {**RANGES, 'bs':(2,1437)})
         out,data = check_out(out),dict(name='scikit-learn digits', size=8, classes=10)
         records = run_job([Run(f'{opt}-{seed}', seed, dict(opt=opt, **options), partial(get_learner, opt, bs), fit, data) for opt in ('radam','adam')],

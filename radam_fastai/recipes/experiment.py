@@ -7,7 +7,7 @@ Six questions, each with its runs, its tables and its figures. `small` takes les
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'narrowed', 'report_experiments', 'main']
 
-# %% ../../nbs/44_recipes.experiment.ipynb #b8f7980b
+# %% ../../nbs/44_recipes.experiment.ipynb #cc58610a
 from pathlib import Path
 
 from fastcore.script import call_parse
@@ -17,7 +17,7 @@ from .language import adam_2k,language
 from .limits import degenerate,variance
 from .report import conditions,find_records,report as write_report
 from .robustness import lr_robustness,warmup_lengths
-from .runs import RANGES,check,check_choice,check_given,check_out,check_ranges,is_main,names,numbers,usage
+from .runs import RANGES,check,check_choice,check_out,check_ranges,is_main,names,numbers,usage
 from .sweep import get_runs,write_shown
 
 # %% ../../nbs/44_recipes.experiment.ipynb #1e11312e
@@ -54,7 +54,7 @@ def report_experiments(
         res += write_shown(EXPERIMENTS[name].show(mine), sub)
     return res
 
-# %% ../../nbs/44_recipes.experiment.ipynb #71186d49
+# %% ../../nbs/44_recipes.experiment.ipynb #1d9765cf
 @call_parse(pos=['name'])
 def main(
     name:str=None, # lr-robustness, warmup-lengths, adam-2k, language, variance or degenerate; without it, they are listed
@@ -73,9 +73,8 @@ def main(
     report:Path=None, # Only report on the records below this folder
 ):
     "Run an experiment about RAdam: every contender, every learning rate, several seeds."
-    all_opts,given = dict(locals()),dict(epochs=epochs, bs=bs, n_items=n_items)
-    with usage(main):
-        check_given(all_opts)
+    given = dict(epochs=epochs, bs=bs, n_items=n_items)
+    with usage(main, dict(locals())):
         if report is not None: return print(*(f'\n{p.read_text()}' for p in report_experiments(report) if p.suffix == '.md'), f'{report}/table.md', sep='\n')
         if name is None: return print(*(f'{k:<16}{exp.question}' for k,exp in EXPERIMENTS.items()), sep='\n')
         check(name in EXPERIMENTS, f"{name}: no such experiment; choose from {', '.join(EXPERIMENTS)}")

@@ -8,7 +8,7 @@ The command trains an XResNet from random weights, once for every seed, and repo
 __all__ = ['OFFICIAL', 'AUGS', 'ARCHS', 'ACTS', 'POOLS', 'LIMITS', 'find_images', 'get_dls', 'MaxBlurPool', 'get_model',
            'check_size', 'get_learner', 'check_options', 'check_counts', 'get_runs', 'main']
 
-# %% ../../nbs/28_recipes.imagenette.ipynb #a785e629
+# %% ../../nbs/28_recipes.imagenette.ipynb #c0856120
 import json
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from .data import ItemSeedDL,balanced,digest,download,from_archives,split_files
 from .jobs import Run,run_job
 from .presets import COMMON,published,resolve
 from .report import conditions,report as write_report,summary
-from .runs import OPTS,RANGES,SCHEDS,check,check_choice,check_given,check_out,check_ranges,is_main,opt_func,usage
+from .runs import OPTS,RANGES,SCHEDS,check,check_choice,check_out,check_ranges,is_main,opt_func,usage
 
 import fastai.callback.fp16,fastai.callback.progress,fastai.callback.schedule # methods of `Learner`
 import torch
@@ -179,7 +179,7 @@ def get_runs(
     about = dict(preset=preset, changed=changed, published=published(preset) if same else None)
     return [Run(f"{o['arch']}-{o['opt']}-{s}", s, options, partial(make, s), fit, data, about) for s in range(o['seed'], o['seed']+o['runs'])]
 
-# %% ../../nbs/28_recipes.imagenette.ipynb #221340f0
+# %% ../../nbs/28_recipes.imagenette.ipynb #5194b249
 @call_parse
 def main(
     preset:str='radam', # radam, over9000-adam, over9000-radam, over9000-ranger, fastai-2020-01, leaderboard-2020-10 or article
@@ -224,8 +224,7 @@ def main(
 ):
     "Train an XResNet on Imagenette from random weights, with the settings of a preset; options take the place of the preset's."
     opts = dict(locals())
-    with usage(main):
-        check_given(opts)
+    with usage(main, opts):
         if report is not None: return print(f'\n{write_report(report).to_string(index=False)}\n\n{report}/table.md')
         o,changed = resolve(preset, {k: opts[k] for k in COMMON if opts[k] is not None})
         if not torch.cuda.is_available() and not fp16 and not bf16: o.update(fp16=False, bf16=False)

@@ -7,10 +7,11 @@ Two experiments about the rectifier itself rather than about who wins. `variance
 # %% auto #0
 __all__ = ['VARIANCE_STEPS', 'variance', 'degenerate', 'VarianceNote', 'variance_frame', 'show_variance', 'show_degenerate']
 
-# %% ../../nbs/43_recipes.limits.ipynb #4d6dc617
+# %% ../../nbs/43_recipes.limits.ipynb #03001465
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from fastcore.basics import groupby
 
 from ..callback import AdaptiveLRVariance
 from ..plot import color,new_axes,plot_lr_variance
@@ -18,7 +19,7 @@ from ..rectify import rho_inf
 from .robustness import SMALL,image_learner,load_images
 from .sweep import Experiment,grid
 
-# %% ../../nbs/43_recipes.limits.ipynb #d7f35b28
+# %% ../../nbs/43_recipes.limits.ipynb #3ac56f0c
 VARIANCE_STEPS = 80 # updates to measure at, or as many as the first epoch has
 
 class VarianceNote(AdaptiveLRVariance):
@@ -28,6 +29,8 @@ class VarianceNote(AdaptiveLRVariance):
         "What the record keeps"
         df = self.to_frame()
         return dict(variance={k: [None if np.isnan(v) else v for v in df[k].tolist()] for k in df})
+
+def _sqr_mom(record): return record['options']['sqr_mom']
 
 def variance_frame(
     records:list, # Of runs of the experiment, with the same β2
@@ -40,9 +43,7 @@ def show_variance(
     records:list, # Of runs of the experiment
 ) -> dict: # File name → `DataFrame` or figure
     "The figure of the variances, a panel for each β2, and some of its numbers"
-    by = {}
-    for r in records: by.setdefault(r['options']['sqr_mom'], []).append(r)
-    frames = {b: variance_frame(rs) for b,rs in sorted(by.items())}
+    frames = {b: variance_frame(rs) for b,rs in sorted(groupby(records, _sqr_mom).items())}
     axs = np.atleast_1d(new_axes(n=len(frames), figsize=(5.5*len(frames), 4)))
     for ax,(b,df) in zip(axs, frames.items()): plot_lr_variance(df, ax).set_title(f'β2 {b:g}')
     steps = [t for t in (1,5,6,10,20,40,80) if t <= min(map(len, frames.values()))]
@@ -59,15 +60,13 @@ variance = Experiment(
          paper=({**_one_epoch, 'size':32, 'n_items':None, 'n_valid':None, 'bs':128}, grid(opt=['radam'], lr=[.01], sqr_mom=[.99,.999]))),
     load_images, image_learner, show_variance, lambda learn: [VarianceNote(learn)])
 
-# %% ../../nbs/43_recipes.limits.ipynb #c37c9bc4
+# %% ../../nbs/43_recipes.limits.ipynb #b464e39a
 def show_degenerate(
     records:list, # Of runs of the experiment, with momentum SGD of the same seeds among them
 ) -> dict: # File name → `DataFrame` or figure
     "How far from momentum SGD each β2 is"
     sgd = {r['seed']: np.array(r['steps']['loss']) for r in records if r['opt'] == 'sgd'}
-    by = {}
-    for r in records:
-        if r['opt'] == 'radam' and r['seed'] in sgd: by.setdefault(r['options']['sqr_mom'], []).append(r)
+    by = groupby([r for r in records if r['opt'] == 'radam' and r['seed'] in sgd], _sqr_mom)
     if not by: return {} # nothing to compare with
     def away(r): return np.abs(np.array(r['steps']['loss']) - sgd[r['seed']])
     def row(b, rs):

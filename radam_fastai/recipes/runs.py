@@ -6,9 +6,9 @@ A recipe trains a few models and has to leave evidence behind. Each run becomes 
 
 # %% auto #0
 __all__ = ['OPTS', 'SCHEDS', 'RANGES', 'opt_func', 'fit_step', 'RecipeError', 'OptionError', 'is_main', 'usage', 'check',
-           'check_given', 'check_choice', 'check_ranges', 'names', 'numbers', 'check_out', 'RunRecorder', 'cpu_name',
-           'environment', 'rectifier_summary', 'steps_frame', 'cannot_write', 'sync_folder', 'replacing',
-           'append_record', 'read_records', 'torch_threads', 'terminal_bars']
+           'check_choice', 'check_ranges', 'names', 'numbers', 'check_out', 'RunRecorder', 'cpu_name', 'environment',
+           'rectifier_summary', 'steps_frame', 'cannot_write', 'sync_folder', 'replacing', 'append_record',
+           'read_records', 'torch_threads', 'terminal_bars']
 
 # %% ../../nbs/20_recipes.runs.ipynb #5804f8b5
 import warnings
@@ -61,7 +61,7 @@ SCHEDS = dict(flat_cos=lambda learn, o: learn.fit_flat_cos(o['epochs'], o['lr'],
               one_cycle=lambda learn, o: learn.fit_one_cycle(o['epochs'], o['lr'], div=o['div'], pct_start=o['pct_start'], moms=(o['mom'],)*3),
               flat=lambda learn, o: learn.fit(o['epochs'], o['lr']), step=fit_step)
 
-# %% ../../nbs/20_recipes.runs.ipynb #9683974c
+# %% ../../nbs/20_recipes.runs.ipynb #91d8cc37
 class RecipeError(Exception):
     "What ended a recipe: one line that names what is wrong and what to do about it"
     def __init__(self, msg): # from a process that reads data, `msg` is its traceback, which ends in the name of this class and the text
@@ -78,9 +78,13 @@ def is_main() -> bool:
 @contextmanager
 def usage(
     main, # The `call_parse` command that works in this context
+    given:dict, # Its options, as it got them
 ):
     "At the command line, turn a `RecipeError` into one line on stderr and exit status 2"
-    try: yield
+    try:
+        for k,v in given.items(): # `argparse` makes an empty list of `--option=--`
+            if v == []: raise OptionError(f"--{k.replace('_','-')} --: that is no value")
+        yield
     except RecipeError as e:
         if not is_cli(main): raise
         if is_main(): print(f'{Path(sys.argv[0]).name}: {e}', file=sys.stderr)
@@ -90,19 +94,13 @@ def usage(
         if is_main(): print(f'{Path(sys.argv[0]).name}: interrupted', file=sys.stderr)
         raise SystemExit(130) from None
 
-# %% ../../nbs/20_recipes.runs.ipynb #4b00b563
+# %% ../../nbs/20_recipes.runs.ipynb #393e8644
 def check(
     ok:bool, # What has to hold
     msg:str, # One line: the option, what is wrong with it, what is allowed
 ):
     "Raise an `OptionError` unless `ok`"
     if not ok: raise OptionError(msg)
-
-def check_given(
-    opts:dict, # Option → value, as a command got them
-):
-    "Raise an `OptionError` for an option whose value is `--`, of which `argparse` makes an empty list"
-    for k,v in opts.items(): check(v != [], f"--{k.replace('_','-')} --: that is no value")
 
 def check_choice(
     name:str, # Option, without its dashes
