@@ -573,7 +573,7 @@ def plot(self:AdaptiveLRVariance, ax=None):
     if df.empty: raise ValueError("nothing is recorded yet: fit first")
     return plot_lr_variance(df, ax)
 
-# %% ../nbs/12_guard.ipynb #988e0bfd
+# %% ../nbs/12_guard.ipynb #3a329c28
 import os
 import warnings
 from collections import defaultdict
@@ -589,6 +589,7 @@ from fastcore.xtras import join_path_file
 from torch import nn
 from torch.nn.utils import get_total_norm
 
+from .checkpoint import disk_error
 from .readout import in_finder
 
 # %% ../nbs/12_guard.ipynb #9a28e466
@@ -669,7 +670,7 @@ def _stop(self:StopOnNonFinite, what):
     warnings.warn(f"StopOnNonFinite: {self.stopped}")
     raise CancelFitException
 
-# %% ../nbs/12_guard.ipynb #b8e697b9
+# %% ../nbs/12_guard.ipynb #92bbe639
 def check_writable(
     path:Path, # File to be written later
 ):
@@ -694,11 +695,12 @@ def _save(self:StopOnNonFinite):
     good = "Model and optimizer are as the last good update left them"
     if self.file is None: return good
     try:
-        save_model(_draft(self._path), self.model, self.opt)
-        if rank_distrib() == 0: os.replace(_draft(self._path), self._path)
-    except (OSError, RuntimeError) as e: # a full disk is either
+        if rank_distrib() == 0:
+            with open(_draft(self._path), 'wb') as f: save_model(f, self.model, self.opt)
+            os.replace(_draft(self._path), self._path)
+    except (OSError, RuntimeError) as e:
         _draft(self._path).unlink(missing_ok=True)
-        return f"{good}, in memory alone: {self._path} could not be written ({e})"
+        return f"{good}, in memory alone: {self._path} could not be written ({disk_error(e)})"
     return f"{good}, and saved: load_strict(learn, {str(self.file)!r}) goes on from {self._path}"
 
 # %% ../nbs/12_guard.ipynb #400dd40f

@@ -10,7 +10,7 @@
 # %% auto #0
 __all__ = ['reference_settings', 'RAdamFn', 'RangerFn', 'check_params', 'RuledAdam', 'RAdam', 'Ranger']
 
-# %% ../nbs/04_optimizer.ipynb #23a86361
+# %% ../nbs/04_optimizer.ipynb #4c87762e
 from collections import defaultdict
 from copy import deepcopy
 from functools import partial
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .bucket import Buckets, fastai_keys
 from .checkpoint import check_count, check_fit, check_slow_weights, keep_flags, read_state
-from .functional import check_hypers, check_settings, copy_like
+from .functional import as_float, check_hypers, check_settings, copy_like
 from .rectify import check_threshold, rectification
 
 # %% ../nbs/04_optimizer.ipynb #8326908d
@@ -86,15 +86,13 @@ class RAdam(RuledAdam):
         super().__init__(params, partial(rectification, threshold=threshold), decouple_wd=decouple_wd, eps_debiased=eps_debiased, sgd_phase=sgd_phase,
                          maximize=maximize, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, beta=beta)
 
-# %% ../nbs/04_optimizer.ipynb #6922c592
+# %% ../nbs/04_optimizer.ipynb #731e6278
 _hypers = 'lr','mom','sqr_mom','eps','wd','beta'
 
 @patch
 def _checked_hypers(self:RuledAdam) -> list[dict]:
     "The hyper-parameters of each group as floats in their ranges"
-    res = [{k: float(h[k]) for k in _hypers} for h in self.hypers]
-    for h in res: check_hypers(**h)
-    return res
+    return [check_hypers(**{k: h[k] for k in _hypers}) for h in self.hypers]
 
 @patch
 def step(self:RuledAdam, closure=None):
@@ -117,12 +115,12 @@ def clear_state(self:RuledAdam):
     self._buckets.forget()
     super(RuledAdam, self).clear_state()
 
-# %% ../nbs/04_optimizer.ipynb #a0e27e00
+# %% ../nbs/04_optimizer.ipynb #b5205d38
 @patch
 def state_dict(self:RuledAdam) -> dict:
     "`state` (a dict per parameter) and `hypers` (a dict per group)"
     return {'state': [dict(self.state[p]) for pg in self.param_lists for p in pg],
-            'hypers': [{k: float(v) for k,v in h.items()} for h in self.hypers]}
+            'hypers': [{k: as_float(v, k) for k,v in h.items()} for h in self.hypers]}
 
 @patch
 def _read(self:RuledAdam, sd):

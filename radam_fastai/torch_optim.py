@@ -46,15 +46,14 @@ class RAdam(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, decoupled_weight_decay=decoupled_weight_decay,
                                       foreach=foreach, maximize=maximize, capturable=capturable, differentiable=differentiable))
 
-# %% ../nbs/05_torch_optim.ipynb #3f3c7c95
+# %% ../nbs/05_torch_optim.ipynb #1a6d1b53
 def _hypers(group):
     "The hyper-parameters of a torch parameter `group`, in their ranges"
     for k in ('capturable', 'differentiable'):
         if group[k]: raise ValueError(f"{k}=True is not available here (the rectifier is computed on the host): use torch.optim.RAdam")
-    mom,sqr_mom = map(float, group['betas'])
-    res = dict(lr=float(group['lr']), mom=mom, sqr_mom=sqr_mom, eps=float(group['eps']), wd=float(group['weight_decay']))
-    check_hypers(**res)
-    return res
+    betas = group['betas']
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2: raise ValueError(f"betas must be two numbers, got {betas!r}")
+    return check_hypers(lr=group['lr'], mom=betas[0], sqr_mom=betas[1], eps=group['eps'], wd=group['weight_decay'])
 
 def _settings(group):
     return dict(decouple_wd=group['decoupled_weight_decay'], maximize=group['maximize'], foreach=group['foreach'], eps_debiased=False)

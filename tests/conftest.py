@@ -7,7 +7,13 @@ os.environ.setdefault('MPLBACKEND', 'Agg')
 import numpy as np, pytest, torch
 from PIL import Image
 
+import attacks
+
 torch.set_num_threads(1) # the tensors here are small: a second thread only waits for the first
+
+def pytest_terminal_summary(terminalreporter):
+    if attacks.tally: terminalreporter.section('attacks')
+    for line in attacks.summary(): terminalreporter.line(line)
 
 @pytest.fixture(autouse=True)
 def seed():

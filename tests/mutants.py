@@ -7,7 +7,7 @@ from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
 
-modules = 'rectify','parity','warmup','optimizer','checkpoint','torch_optim','learner','callback','gradients','advisor','guard','mutated','numbers' # with tests to run
+modules = 'rectify','parity','warmup','optimizer','checkpoint','torch_optim','learner','callback','gradients','advisor','guard','mutated','numbers','bad_input','data','runs','disk','resume','fuzz','distributed' # with tests to run
 
 mutants = { # name: (module, what is there, what stands there instead)
     'threshold 4 instead of 5':      ('rectify', 'threshold:float=5, # The adaptive', 'threshold:float=4, # The adaptive'),
@@ -36,15 +36,15 @@ mutants = { # name: (module, what is there, what stands there instead)
     'steps not counted':             ('bucket', 'self.counter.advance()', 'pass'),
     'gradients kept':                ('bucket', 'self.grads = [] # or', 'pass # or'),
     'step counts mixed':             ('bucket', "p.dtype,int(s['step'])", 'p.dtype,0'),
-    'mom read once':                 ('optimizer', 'res = [{k: float(h[k]) for k in _hypers} for h in self.hypers]',
-                                      "self._mom = getattr(self, '_mom', self.hypers[0]['mom'])\n    res = [{**{k: float(h[k]) for k in _hypers}, 'mom': float(self._mom)} for h in self.hypers]"),
-    'lr read once':                  ('optimizer', 'res = [{k: float(h[k]) for k in _hypers} for h in self.hypers]',
-                                      "self._lr = getattr(self, '_lr', self.hypers[0]['lr'])\n    res = [{**{k: float(h[k]) for k in _hypers}, 'lr': float(self._lr)} for h in self.hypers]"),
+    'mom read once':                ('optimizer', 'return [check_hypers(**{k: h[k] for k in _hypers}) for h in self.hypers]',
+                                      "self._mom = getattr(self, '_mom', self.hypers[0]['mom'])\n    return [check_hypers(**{**{k: h[k] for k in _hypers}, 'mom': self._mom}) for h in self.hypers]"),
+    'lr read once':                 ('optimizer', 'return [check_hypers(**{k: h[k] for k in _hypers}) for h in self.hypers]',
+                                      "self._lr = getattr(self, '_lr', self.hypers[0]['lr'])\n    return [check_hypers(**{**{k: h[k] for k in _hypers}, 'lr': self._lr}) for h in self.hypers]"),
     'hypers of the first group':     ('optimizer', '**hypers[b.group]', '**hypers[0]'),
-    'hypers unchecked':              ('optimizer', '    for h in res: check_hypers(**h)\n', ''),
+    'hypers unchecked':              ('optimizer', 'return [check_hypers(**{k: h[k] for k in _hypers}) for h in self.hypers]', 'return [{k: float(h[k]) for k in _hypers} for h in self.hypers]'),
     'gradients zeroed, not released': ('optimizer', 'for p in pg: p.grad = None', 'for p in pg:\n            if p.grad is not None: p.grad.zero_()'),
     'loaded tensors aliased':        ('functional', 'return torch.empty_like(p, requires_grad=False).copy_(t.detach())', 'return t'),
-    'shapes unchecked':              ('checkpoint', 'if s[k].shape != p.shape:', 'if False:'),
+    'shapes unchecked':              ('checkpoint', 'if t.shape != p.shape:', 'if False:'),
     'flags lost on loading':         ('checkpoint', 'return {k: old[k] for k in flags if k in old}', 'return {}'),
     'Lookahead one step late':       ('optimizer', 'if self.count % self.k: return', 'if (self.count-1) % self.k: return'),
     'alpha ignored':                 ('optimizer', 'torch._foreach_lerp_(slow, fast, self.alpha)', 'torch._foreach_lerp_(slow, fast, .5)'),
@@ -64,7 +64,7 @@ mutants = { # name: (module, what is there, what stands there instead)
     'the wait not resumed':          ('bucket', "self.waited = int(states[0].get('waited', 0))", 'self.waited = 0'),
     'waits mixed':                   ('bucket', "int(s['step']),int(s.get('waited', 0))", "int(s['step']),0"),
     'a changed wait unnoticed':      ('bucket', "(not self.waited or all([s['waited'] == self.waited for s in self.states]))", 'True'),
-    'any wait is loaded':            ('checkpoint', "if s.get('waited', 0) > s['step']:", 'if False:'),
+    'any wait is loaded':            ('checkpoint', 'if waited > step:', 'if False:'),
     'nonsense from a rule':          ('functional', 'if r is not None and not 0 < r < math.inf:', 'if False:'),
     'warm-up one step late':         ('warmup', 'min(1., step/n_steps)', 'min(1., (step-1)/n_steps or 1e-9)'),
     'wait one step short':           ('warmup', 'None if step <= n_steps else 1.', 'None if step < n_steps else 1.'),
@@ -108,7 +108,7 @@ unbreakable = { # of the guard, the loaders, and where numbers end
     'a missing hyper unnoticed':     ('checkpoint', 'if lacks := set(_required) - set(new):', 'if lacks := set():'),
     'three betas':                   ('checkpoint', "if len(g['betas']) != 2:", 'if False:'),
     'an average under two names':    ('checkpoint', 'if mixed := set(others) & set(s):', 'if mixed := set():'),
-    'text for a number':             ('checkpoint', 'if not isinstance(v, Real): raise ValueError(f"{what} must be a number', 'if False: raise ValueError(f"{what} must be a number'),
+    'text for a number':             ('functional', 'if not isinstance(v, Real): raise', 'if False: raise'),
     'a count beyond counting':       ('checkpoint', 'not least <= n <= 2**53', 'not least <= n < math.inf'),
     'flags of any type':             ('checkpoint', "for k in flags: _expect(s.get(k, True), bool, f'{at}: {k}')", 'pass'),
     'slow weights unchecked':        ('optimizer', 'check_slow_weights(slow, self.param_lists)', 'pass'),
@@ -139,18 +139,45 @@ unbreakable = { # of the guard, the loaders, and where numbers end
 }
 mutants.update(unbreakable)
 
+lasting = { # of jobs that are killed, of disks, command lines and processes; the last word is the test that is to find it
+    'a checkpoint written in place': ('recipes/runs', "tmp = path.with_name(f'.tmp-{path.name}')", 'tmp = path', 'resume'),
+    'random numbers go on':          ('recipes/checkpoint', '        set_seed(s)\n', '', 'resume'),
+    'the order of items goes on':    ('recipes/checkpoint', 'self.dls.train.rng = random.Random(s)', 'pass', 'resume'),
+    'the loss scale starts anew':    ('recipes/checkpoint', "if state['scaler']: scaler.load_state_dict(state['scaler'])", 'pass', 'resume'),
+    'the smoothed loss starts anew': ('recipes/checkpoint', "learn.recorder.smooth_loss.val,learn.recorder.smooth_loss.count = state['smooth_loss']", 'pass', 'resume'),
+    'the epoch is trained again':    ('recipes/checkpoint', 'dict(epoch=learn.epoch+1,', 'dict(epoch=max(1, learn.epoch),', 'resume'),
+    'the checkpoint goes first':     ('recipes/jobs', "        append_record(out/'records.jsonl', record)\n", "        if not keep: path.unlink(missing_ok=True)\n        append_record(out/'records.jsonl', record)\n", 'resume'),
+    'half a record joined to the next': ('recipes/runs', "data = b'\\n' + data", 'pass', 'resume'),
+    'mixed precision stays on':      ('recipes/jobs', 'cast.__exit__(None, None, None)', 'pass', 'resume'),
+    'two jobs in a folder':          ('recipes/jobs', "lock = FileLock(out/'.lock').acquire(timeout=0)", 'lock = nullcontext()', 'resume'),
+    'half-written files pile up':    ('recipes/jobs', "for p in out.glob('.tmp-*'): p.unlink()", 'pass', 'resume'),
+    'PyTorch explains the disk':     ('checkpoint', 'return e.__context__ if isinstance(e.__context__, OSError) else e', 'return e', 'disk'),
+    'an unwritable folder':          ('recipes/runs', "check(os.access(out, os.W_OK|os.X_OK)", 'check(True', 'disk'),
+    'a record that is no record':    ('recipes/jobs', "if state: check_begun(state.get('about'), path)", 'pass', 'mutated'),
+    'archives may write anywhere':   ('recipes/data', "filter='data'", "filter='fully_trusted'", 'data'),
+    'half an archive':               ('recipes/data', "while t.fileobj.read(2**20): pass", 'pass', 'data'),
+    'all unpack at once':            ('recipes/data', "lock = FileLock(f'{tmp}.lock').acquire()", 'from contextlib import nullcontext; lock = nullcontext()', 'data'),
+    'NaN is in every range':         ('recipes/runs', 'check(lo <= opts[k] <= hi,', 'check(not (opts[k] < lo or opts[k] > hi),', 'fuzz'),
+    'an empty list is a value':      ('recipes/runs', 'if v == []: raise', 'if False: raise', 'fuzz'),
+    'any name will do':              ('recipes/runs', 'check(val in allowed,', 'check(True,', 'fuzz'),
+    'an error is a traceback':       ('recipes/runs', '        raise SystemExit(2) from None', '        raise', 'fuzz'),
+    'half of each batch twice':      ('recipes/distributed', 'b[self.rank*len(b)//self.world_size:(self.rank+1)*len(b)//self.world_size]', 'b[:max(1, len(b)//self.world_size)]', 'distributed'),
+    'each process validates alone':  ('recipes/distributed', 'torch.distributed.all_reduce(sums)', 'pass', 'distributed'),
+}
+mutants.update(lasting)
+
 def caught(
     name:str # One of `mutants`
 )->str: # The first test that failed, or nothing
     "Run the tests on a copy of the project with the mutant `name` in it"
-    module,old,new = mutants[name]
+    module,old,new,*nearest = mutants[name]
     with tempfile.TemporaryDirectory() as d:
         for o in 'radam_fastai','tests': shutil.copytree(root/o, Path(d)/o, ignore=shutil.ignore_patterns('__pycache__'))
         f = Path(d)/f'radam_fastai/{module}.py'
         src = f.read_text()
         assert src.count(old) == 1, f'{name}: {old!r} stands {src.count(old)} times in {module}'
         f.write_text(src.replace(old, new))
-        near = [near_tests.get(module, 'mutated'), 'guard', 'mutated'] if name in unbreakable else [module, *near_by.get(module, [])]
+        near = nearest or [near_tests.get(module, 'mutated'), 'guard', 'mutated'] if name in unbreakable else [module, *near_by.get(module, [])]
         tests = [f'tests/test_{t}.py' for t in sorted(modules, key=lambda t: near.index(t) if t in near else len(near))]
         env = {**os.environ, 'PYTHONPATH': d}
         res = subprocess.run([sys.executable, '-m', 'pytest', '-x', '-q', '-p', 'no:cacheprovider', *tests], cwd=d, env=env, capture_output=True, text=True)

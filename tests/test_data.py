@@ -1,6 +1,7 @@
 """Data that is missing, damaged or dangerous is named, and never half-used; augmentation depends on the item alone."""
 import hashlib, io, random, shutil, tarfile
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest, torch
@@ -9,6 +10,7 @@ from fastai.torch_core import set_seed
 from radam_fastai.recipes import data, imagenette
 from radam_fastai.recipes.data import balanced, check_sum, digest, from_archives, split_files, unpack
 from radam_fastai.recipes.runs import RecipeError
+from test_resume import ended, in_child
 
 def tar(path, **members):
     "An archive of regular files, or of `TarInfo`s as they are"
@@ -44,7 +46,16 @@ def test_dangerous_archives(tmp_path, how):
     try: unpack([a], tmp_path/'data'/'x')
     except RecipeError as e: assert 'a.tgz' in str(e) and len(str(e).splitlines()) == 1
     assert not (tmp_path/'root').exists() and not (tmp_path/'evil.txt').exists() and not (tmp_path/'data'/'evil.txt').exists()
-    if how != 'absolute': assert list((tmp_path/'data').iterdir()) == []
+    if how != 'absolute': assert list((tmp_path/'data').glob('[!.]*')) == []
+
+def test_several_processes_unpack_one_archive(images, tmp_path):
+    "One of them does, the others wait for it; what a killed one left is no hindrance"
+    a,dest = tar(tmp_path/'a.tgz', x=images/'train'),tmp_path/'data'/'x'
+    (tmp_path/'data'/'.making-x'/'x'/'n00').mkdir(parents=True)
+    (tmp_path/'data'/'.making-x'/'x'/'n00'/'half.jpg').write_bytes(b'half')
+    assert [ended(pid) for pid in [in_child(partial(unpack, [a], dest)) for _ in range(4)]] == [0]*4
+    assert digest(sorted(dest.rglob('*.jpg')), dest) == digest(sorted((images/'train').rglob('*.jpg')), images/'train')
+    assert [p.name for p in (tmp_path/'data').glob('[!.]*')] == ['x'] and not (tmp_path/'data'/'.making-x').exists()
 
 @pytest.mark.parametrize('damage', ['cut', 'flipped', 'text', 'empty'])
 def test_damaged_archives(images, tmp_path, damage):
@@ -53,7 +64,7 @@ def test_damaged_archives(images, tmp_path, damage):
     if damage == 'flipped': b[len(b)//2] ^= 255
     a.write_bytes(dict(cut=b[:len(b)//2], flipped=b, text=b'no archive', empty=b'')[damage])
     with pytest.raises(RecipeError, match='a.tgz could not be unpacked'): unpack([a], tmp_path/'data'/'x')
-    assert list((tmp_path/'data').iterdir()) == []
+    assert list((tmp_path/'data').glob('[!.]*')) == []
 
 def test_sums(tmp_path):
     a = tmp_path/'a.tgz'

@@ -1,29 +1,20 @@
 """Checkpoints with something wrong in them: each is refused by name, with nothing changed, or loaded and then what the file says. RADAM_FULL=1 tries ten times as many."""
-import copy, io, os, pickle, random, traceback
-from collections import Counter
+import copy, io, json, os, pickle, random, traceback
 from functools import lru_cache, partial
 
 import fastai.optimizer as fo, pytest, torch
 
+from attacks import FULL, tally
 from mutate import RunsCode, archive, damage, evil_pickles, forge, mutate
 from radam_fastai.all import load_strict
 from radam_fastai.optimizer import RAdam, Ranger, reference_settings
-from radam_fastai.recipes.checkpoint import load_checkpoint, restore_run, run_state, save_checkpoint
+from radam_fastai.recipes.checkpoint import RECORDED, load_checkpoint, restore_run, run_state, save_checkpoint
+from radam_fastai.recipes.jobs import Run, begin, finish, place, sitting
 from radam_fastai.recipes.runs import RecipeError, RunRecorder
 from radam_fastai.torch_optim import RAdam as TorchRAdam, RAdamWrapper
 from reference import plain_step
 from test_checkpoint import authors_state, averages, build, flat, frozen, hypers_of, identical, is_torch, numbers, param_lists, params_of, run
 from test_learner import get_learner
-
-FULL = bool(os.environ.get('RADAM_FULL'))
-tally = Counter()
-
-@pytest.fixture(scope='module', autouse=True)
-def report():
-    "With `pytest -s`: how many were refused, how many loaded right"
-    yield
-    for kind in sorted({k for k,_ in tally}): print(f"\n{kind}: {tally[kind, 'refused']} refused, {tally[kind, 'loaded']} loaded right", end='')
-    print()
 
 def in_child(f):
     "What `f()` returns in a process of its own; a crash of that process fails the test"
@@ -139,14 +130,14 @@ def try_state(name, seed):
     except BaseException as e: raise AssertionError(f'{about}: {type(e).__name__}: {e}') from None
     try: assert_says(opt, sd)
     except BaseException as e: raise AssertionError(f'{about}: loaded, but is not what it says: {type(e).__name__}: {e}') from None
-    return 'loaded'
+    return 'loaded right'
 
 @lru_cache(maxsize=None)
 def whole(name): return frozen(run(build(PAIRS[name][1]), range(8)))
 
 @pytest.mark.parametrize('name', PAIRS)
 def test_states(name):
-    for seed in range(200 if FULL else 20): tally['states', try_state(name, seed)] += 1
+    for seed in range(200 if FULL else 20): tally['mutated states', try_state(name, seed)] += 1
 
 def put(sd, path, v):
     for k in path[:-1]: sd = sd[k]
@@ -248,7 +239,7 @@ def try_file(name, seed, path, spoil):
     path.write_bytes(trained(name)[1])
     for k,v in before[0].items(): learn.model.state_dict()[k].copy_(v)
     learn.opt.load_state_dict(before[1])
-    return 'loaded'
+    return 'loaded right'
 
 def held_by(good):
     sd = torch.load(io.BytesIO(good), weights_only=False)
@@ -259,7 +250,7 @@ def held_by(good):
 def test_files(name, spoil, tmp_path):
     "Cut, turned and shuffled bytes; the same inside an archive whose checksums are right; and other values in a sound file"
     def tries(): return [try_file(name, seed, tmp_path/'a.pth', spoil) for seed in range(100 if FULL else 10)]
-    for res in in_child(tries): tally[f'files, {spoil.__name__}d', res] += 1
+    for res in in_child(tries): tally[f'checkpoint files, {spoil.__name__}d', res] += 1
 
 # ---- files that run code
 
@@ -295,7 +286,7 @@ def test_no_code_runs(tmp_path):
         with pytest.raises(ValueError, match=f'{path} is not a whole checkpoint'): load_strict(learn, path.with_suffix(''))
         with pytest.raises(RecipeError, match=f'{path} is not a whole checkpoint'): load_checkpoint(path)
         assert not marker.exists(), name
-        tally['code', 'refused'] += 2
+        tally['checkpoints that run code', 'refused'] += 2
     assert identical(held(learn), before)
 
 # ---- recipes
@@ -307,11 +298,14 @@ def recipe_learner(name):
     learn.n_epoch = 3
     return learn,rec
 
+ASKED = Run('a', 1, dict(opt='radam', lr=.02), None, None, dict(name='random'))
+
 @lru_cache(maxsize=None)
 def recipe_state(name):
     learn,rec = recipe_learner(name)
     learn.epoch = 1
-    state = copy.deepcopy(dict(run='a', about=dict(seed=1), **run_state(learn, rec)))
+    about = begin(ASKED, learn, 'a', 'test')
+    state = copy.deepcopy(dict(run='a', about={**about, 'sittings': [sitting(0)]}, **run_state(learn, rec)))
     return {**state, 'steps': state['steps'][:2]} # most places would be in these rows
 
 def recipe_held(learn, rec):
@@ -322,8 +316,8 @@ def try_recipe(name, seed, path):
     "Go on with a run from a checkpoint in which something is wrong"
     rng = random.Random(f'{name} {seed}')
     state,at,how = mutate(recipe_state(name), rng)
-    if at[0] in ('run', 'about') : return 'skipped' # of no concern to training
     (learn,rec),about = recipe_learner(name),f'{name}, seed {seed}: {how} at {at}'
+    if at[0] in ('run', 'about'): return try_about(state, path, about)
     learn.fit(1, .02)
     learn.n_epoch = 3
     before = recipe_held(learn, rec)
@@ -340,11 +334,23 @@ def try_recipe(name, seed, path):
         assert_loaded(learn, sd)
         assert identical(recipe_held(learn, rec)[2:], (*sd['smooth_loss'], *(sd[k] for k in ('train_iter', 'steps', 'epochs', 'hypers'))))
     except BaseException as e: raise AssertionError(f'{about}: loaded, but is not what it says: {type(e).__name__}: {e}') from None
-    return 'loaded'
+    return 'loaded right'
+
+def try_about(state, path, about):
+    "Go on from a checkpoint that says something else of its run: it is another run, or its record can be written"
+    save_checkpoint(path, state)
+    try:
+        _,_,found = place(ASKED, path.parent, [], True)
+        json.dumps(finish({**found['about'], 'sittings': [*found['about']['sittings'], sitting(2)]}, *(found[k] for k in RECORDED)), default=str)
+    except RecipeError as e:
+        assert len(str(e).splitlines()) == 1, f'{about}: {e}'
+        return 'refused'
+    except BaseException as e: raise AssertionError(f'{about}: {type(e).__name__}: {e}') from None
+    return 'loaded right'
 
 @pytest.mark.parametrize('name', ['RAdam', 'Ranger', 'adam'])
 def test_recipes(name, tmp_path):
-    for seed in range(150 if FULL else 15): tally['recipes', try_recipe(name, seed, tmp_path/'a.pth')] += 1
+    for seed in range(150 if FULL else 15): tally['mutated checkpoints of recipes', try_recipe(name, seed, tmp_path/'a.pth')] += 1
 
 RECIPE_TRAPS = { # what was done to the state, and what is said of the file
     'a row without its loss':   (lambda s: s['steps'][1].pop('loss'), 'its steps are no rows of a table'),

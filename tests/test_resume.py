@@ -7,10 +7,14 @@ import pytest, torch
 from fastai.callback.core import Callback
 from filelock import FileLock
 
+from attacks import FULL, tally
+from radam_fastai.optimizer import RAdamFn, RangerFn
 from radam_fastai.recipes import demo, imagenette, jobs
 from radam_fastai.recipes.checkpoint import epoch_seed, load_checkpoint, save_checkpoint
 from radam_fastai.recipes.jobs import Run, run_job
 from radam_fastai.recipes.runs import OptionError, RecipeError, read_records
+from radam_fastai.torch_optim import RAdamWrapper
+from test_learner import At, CPUMixedPrecision, get_learner, overflow
 
 pytestmark = pytest.mark.usefixtures('tiny')
 quick = dict(arch='xresnet18', size=32, bs=16, epochs=3, workers=0, preset='over9000-radam')
@@ -70,6 +74,38 @@ def test_resumed_equals_uninterrupted(images, tmp_path, monkeypatch, variant):
     assert [s['epoch'] for s in record['sittings']] == [0, 1]
     equal_jobs(tmp_path/'whole', tmp_path/'part')
 
+# In the middle of a schedule
+
+OPTS = dict(RAdam=RAdamFn, Ranger=RangerFn, RAdamWrapper=partial(RAdamWrapper, betas=(.9,.99), weight_decay=.1, decoupled_weight_decay=True))
+FITS = dict(one_cycle=lambda learn: learn.fit_one_cycle(4, slice(.002, .02)), flat_cos=lambda learn: learn.fit_flat_cos(4, slice(.002, .02), pct_start=.3))
+
+class Thaw(Callback):
+    "Train the head alone for one epoch, then everything"
+    def before_epoch(self): self.learn.freeze() if self.epoch == 0 else self.learn.unfreeze()
+class Frozen(Callback):
+    def before_fit(self): self.learn.freeze()
+
+WITH = {'nothing else': list, 'frozen groups': lambda: [Frozen()], 'groups that thaw': lambda: [Thaw()],
+    'a loss scaler': lambda: [CPUMixedPrecision(), At('after_backward', overflow, [1, 8, 9, 16])]}
+
+@pytest.mark.parametrize('opt', OPTS)
+@pytest.mark.parametrize('fit', FITS)
+@pytest.mark.parametrize('more', WITH)
+@pytest.mark.parametrize('batch', [7, 18])
+def test_resumed_in_the_middle_of_a_schedule(tmp_path, opt, fit, more, batch):
+    "Of 4 epochs of 5 batches: weights, averages, slow weights, loss scale, every row, to the bit"
+    def job(out, cbs=(), resume=False):
+        def make(): return get_learner(OPTS[opt], dtype=torch.float32, cbs=[*WITH[more](), *cbs])
+        return run_job([Run('a', 0, dict(opt=opt), make, FITS[fit], dict(name='random'))], out, 'test', resume, keep=True)
+    job(tmp_path/'whole')
+    with pytest.raises(KeyboardInterrupt): job(tmp_path/'part', [Stop(batch)])
+    assert load_checkpoint(tmp_path/'part'/'a.pth')['epoch'] == batch//5
+    job(tmp_path/'part', resume=True)
+    equal_jobs(tmp_path/'whole', tmp_path/'part')
+    end = load_checkpoint(tmp_path/'part'/'a.pth')
+    assert (end['scaler'] is not None) == (more == 'a loss scaler')
+    if end['scaler']: assert end['scaler']['scale'] == 256/2**4 and len(end['steps']) == 20-4
+
 # Killed from outside
 
 def in_child(f):
@@ -79,7 +115,10 @@ def in_child(f):
         sys.stdout = sys.stderr = open(os.devnull, 'w')
         f()
         os._exit(0)
+    except OptionError: os._exit(2)
     except BaseException: os._exit(1)
+
+def ended(pid): return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 def kill_after(f, secs):
     "Run `f` in a process that is killed after `secs` seconds, unless it has ended: its exit status, -9 if it was killed"
@@ -89,7 +128,7 @@ def kill_after(f, secs):
         if done: return os.waitstatus_to_exitcode(status)
         time.sleep(.002)
     os.kill(pid, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return ended(pid)
 
 def small_job(out, resume=False):
     "Two runs of the demo's network with a few batches an epoch"
@@ -97,50 +136,63 @@ def small_job(out, resume=False):
     run_job([Run(f'{opt}-1', 1, dict(opt=opt), partial(make, opt), lambda l: l.fit_one_cycle(4, 1e-2), dict(name='digits')) for opt in ('ranger','adam')],
             out, 'demo', resume, keep=True)
 
+@pytest.fixture
+def jobs_to_kill(tiny, images):
+    "By name: one whose data is in memory, one with processes that read images"
+    def image_job(out, resume=False): imagenette.main(**{**quick, 'epochs':2, 'workers':2}, path=images, runs=2, keep=True, out=out, resume=resume)
+    return dict(digits=small_job, images=image_job)
+
 @pytest.fixture(scope='module')
-def uninterrupted(tmp_path_factory): return tmp_path_factory.mktemp('whole'),[]
+def uninterrupted(tmp_path_factory):
+    "Runs a job once: its folder, and how long it takes"
+    done = {}
+    def _run(name, job):
+        if name not in done:
+            out,start = tmp_path_factory.mktemp(name),time.monotonic()
+            assert kill_after(partial(job, out), 100) == 0
+            done[name] = out,time.monotonic()-start
+        return done[name]
+    return _run
 
 @pytest.fixture
-def whole(tiny, uninterrupted):
-    "The small job, uninterrupted, and how long it takes"
-    out,secs = uninterrupted
-    if not secs:
-        start = time.monotonic()
-        assert kill_after(partial(small_job, out), 100) == 0
-        secs.append(time.monotonic()-start)
-    return out,secs[0]
-
-def killed(whole, out, seed):
-    "Kill the small job at random moments until it ends: how often it was killed"
-    rng,kills = random.Random(seed),0
-    while (status := kill_after(partial(small_job, out, resume=True), rng.uniform(0, 1.2)*whole[1] if kills < 4 else 100)):
-        assert status == -9, 'it failed'
-        kills += 1
-    equal_jobs(whole[0], out)
-    return kills
-
-@pytest.mark.parametrize('seed', range(1))
-def test_killed_at_random_moments(whole, tmp_path, seed): killed(whole, tmp_path/'out', seed)
+def whole(jobs_to_kill, uninterrupted): return uninterrupted('digits', small_job)
 
 @pytest.mark.slow
-def test_killed_at_many_random_moments(whole, tmp_path):
-    kills,seed = 0,100
-    while kills < 20: kills,seed = kills + killed(whole, tmp_path/f'{seed}', seed),seed+1
+@pytest.mark.parametrize('name,n_kills', [('digits', 200 if FULL else 20), ('images', 50 if FULL else 5)])
+def test_killed_at_random_moments(jobs_to_kill, uninterrupted, tmp_path, name, n_kills):
+    "Again and again, at most four times a job; then it ends as the uninterrupted one"
+    job,rng,kills = jobs_to_kill[name],random.Random(name),0
+    whole,secs = uninterrupted(name, job)
+    while kills < n_kills:
+        out,here = tmp_path/f'{kills}',0
+        while status := kill_after(partial(job, out, resume=True), rng.uniform(0, 1.2)*secs if here < 4 else 100):
+            assert status == -9, 'it failed'
+            here += 1
+        equal_jobs(whole, out)
+        tally[f'kills at random, {name}', 'gone on from to the same bits'] += here
+        kills += here
 
-dangerous = {'checkpoint half-written': (torch, 'save'), 'checkpoint not yet in place': (os, 'replace'), 'record not yet written': (jobs, 'append_record'),
-    'record written, checkpoint still there': (jobs, 'save_run'), 'report not yet written': (jobs, 'report')}
+def second(n, *args): return n == 2
+def called(end): return lambda n, src, dst: str(dst).endswith(end)
+
+dangerous = { # a function, and the call of it that is the last
+    'checkpoint half-written': (torch, 'save', second), 'checkpoint not yet in place': (os, 'replace', second), 'record not yet written': (jobs, 'append_record', second),
+    'record half-written': (os, 'fsync', lambda n, fd: os.path.realpath(f'/proc/self/fd/{fd}').endswith('records.jsonl')),
+    'steps not yet in place': (os, 'replace', called('adam-1.csv')), 'record written, checkpoint still there': (jobs, 'save_run', second),
+    'report not yet written': (jobs, 'report', lambda *a: True), 'table not yet in place': (os, 'replace', called('table.md'))}
 
 @pytest.mark.parametrize('moment', dangerous)
 def test_killed_at_dangerous_moments(whole, tmp_path, monkeypatch, moment):
-    "At the second call of a function: killed before it does anything, or, writing a checkpoint, with half of it done"
-    where,name = dangerous[moment]
+    "Before a function does anything, or, while something is written, with half of it done"
+    where,name,when = dangerous[moment]
     f,calls = getattr(where, name),[]
     def die(*a, **kw):
         calls.append(0)
-        if len(calls) == 2 or name == 'report':
+        if when(len(calls), *a):
             if name == 'save':
                 f(*a, **kw)
-                os.truncate(a[1], os.path.getsize(a[1])//2)
+                a[1].truncate(a[1].tell()//2)
+            if name == 'fsync': os.truncate(a[0], os.fstat(a[0]).st_size//2)
             os.kill(os.getpid(), signal.SIGKILL)
         return f(*a, **kw)
     out = tmp_path/'out'
@@ -148,7 +200,9 @@ def test_killed_at_dangerous_moments(whole, tmp_path, monkeypatch, moment):
         m.setattr(where, name, die)
         assert kill_after(partial(small_job, out), 100) == -9
     assert kill_after(partial(small_job, out, resume=True), 100) == 0
+    if moment == 'record half-written': (out/'records.jsonl').write_bytes(b''.join((out/'records.jsonl').read_bytes().splitlines(True)[1:])) # the half, which is skipped
     equal_jobs(whole[0], out)
+    tally['kills at dangerous moments', 'gone on from to the same bits'] += 1
 
 # What is not gone on with
 
@@ -253,8 +307,25 @@ def test_one_job_at_a_time(part):
         with pytest.raises(OptionError, match='another job is writing there'): one(part)
     one(part) # free again
 
+def test_one_of_many_that_start_at_once(tmp_path):
+    "Into one folder: each does its own whole run, or is told to wait; no record is lost or mixed"
+    ends = [ended(pid) for pid in [in_child(partial(one, tmp_path/'out', epochs=3)) for _ in range(6)]]
+    records = read_records(tmp_path/'out'/'records.jsonl')
+    assert set(ends) <= {0, 2} and 2 in ends and len(records) == ends.count(0) >= 1
+    assert sorted(r['run'] for r in records) == sorted(p.stem for p in (tmp_path/'out').glob('*.csv')) and len({r['run'] for r in records}) == len(records)
+    alone, = one(tmp_path/'alone', epochs=3)
+    assert all(r['steps'] == alone['steps'] for r in records)
+
 def test_a_killed_job_leaves_no_lock(whole, tmp_path):
-    assert kill_after(partial(small_job, tmp_path/'out'), whole[1]/2) == -9
+    "Not even if a process of its own outlives it, as those that read images do for some seconds"
+    def job():
+        with jobs.only_job(tmp_path/'out'):
+            if not os.fork():
+                time.sleep(3)
+                os._exit(0)
+            os.kill(os.getpid(), signal.SIGKILL)
+    (tmp_path/'out').mkdir()
+    assert ended(in_child(job)) == -9
     with jobs.only_job(tmp_path/'out'): pass
 
 def test_half_written_files_are_removed(part):
