@@ -404,6 +404,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                            'radam_fastai.recipes.data.download': ( 'recipes.data.html#download',
                                                                                    'radam_fastai/recipes/data.py'),
                                            'radam_fastai.recipes.data.draw': ('recipes.data.html#draw', 'radam_fastai/recipes/data.py'),
+                                           'radam_fastai.recipes.data.find_folder': ( 'recipes.data.html#find_folder',
+                                                                                      'radam_fastai/recipes/data.py'),
                                            'radam_fastai.recipes.data.from_archives': ( 'recipes.data.html#from_archives',
                                                                                         'radam_fastai/recipes/data.py'),
                                            'radam_fastai.recipes.data.image_files': ( 'recipes.data.html#image_files',

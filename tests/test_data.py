@@ -1,5 +1,5 @@
 """Data that is missing, damaged or dangerous is named, and never half-used; augmentation depends on the item alone."""
-import hashlib, io, random, shutil, tarfile
+import hashlib, io, random, shutil, tarfile, time
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -48,11 +48,12 @@ def test_dangerous_archives(tmp_path, how):
     assert not (tmp_path/'root').exists() and not (tmp_path/'evil.txt').exists() and not (tmp_path/'data'/'evil.txt').exists()
     if how != 'absolute': assert list((tmp_path/'data').glob('[!.]*')) == []
 
-def test_several_processes_unpack_one_archive(images, tmp_path):
+def test_several_processes_unpack_one_archive(images, tmp_path, monkeypatch):
     "One of them does, the others wait for it; what a killed one left is no hindrance"
     a,dest = tar(tmp_path/'a.tgz', x=images/'train'),tmp_path/'data'/'x'
     (tmp_path/'data'/'.making-x'/'x'/'n00').mkdir(parents=True)
     (tmp_path/'data'/'.making-x'/'x'/'n00'/'half.jpg').write_bytes(b'half')
+    monkeypatch.setattr(data, 'check_sum', lambda a: time.sleep(.3)) # so that all have come before the first is done
     assert [ended(pid) for pid in [in_child(partial(unpack, [a], dest)) for _ in range(4)]] == [0]*4
     assert digest(sorted(dest.rglob('*.jpg')), dest) == digest(sorted((images/'train').rglob('*.jpg')), images/'train')
     assert [p.name for p in (tmp_path/'data').glob('[!.]*')] == ['x'] and not (tmp_path/'data'/'.making-x').exists()

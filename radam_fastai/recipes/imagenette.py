@@ -8,12 +8,12 @@ The command trains an XResNet from random weights, once for every seed, and repo
 __all__ = ['OFFICIAL', 'AUGS', 'ARCHS', 'ACTS', 'POOLS', 'LIMITS', 'find_images', 'get_dls', 'MaxBlurPool', 'get_model',
            'check_size', 'get_learner', 'check_options', 'check_counts', 'get_runs', 'main']
 
-# %% ../../nbs/28_recipes.imagenette.ipynb #c0856120
+# %% ../../nbs/28_recipes.imagenette.ipynb #717361d0
 import json
 from functools import partial
 from pathlib import Path
 
-from .data import ItemSeedDL,balanced,digest,download,from_archives,split_files
+from .data import ItemSeedDL,balanced,digest,download,find_folder,split_files
 from .jobs import Run,run_job
 from .presets import COMMON,published,resolve
 from .report import conditions,report as write_report,summary
@@ -39,7 +39,7 @@ from fastai.vision.models import xresnet
 from fastcore.script import bool_arg,call_parse
 from torch import nn
 
-# %% ../../nbs/28_recipes.imagenette.ipynb #2c2ebb47
+# %% ../../nbs/28_recipes.imagenette.ipynb #134428b5
 OFFICIAL = dict(imagenette2=(9469,3925), imagewoof2=(9025,3929)) # training and validation images
 
 def find_images(
@@ -50,10 +50,7 @@ def find_images(
     "Where the images are"
     name = 'imagewoof2' if woof else 'imagenette2'
     copy = name + ('-160' if size <= 128 else '-320' if size <= 224 else '')
-    if path is not None:
-        path = Path(path).expanduser()
-        if path.is_dir() and not (path/'train').is_dir() and (found := from_archives(path, copy)): return found,f'archives {copy} in a folder'
-        return path,'a folder'
+    if path is not None: return find_folder(path, ['train','val'], copy)
     path = download(f'{URLs.S3_IMAGE}{copy}.tgz')
     n = tuple(sum(map(len, files.values())) for files in split_files(path))
     check(n == OFFICIAL[name], f'{path} holds {n[0]} training and {n[1]} validation images, not {OFFICIAL[name]}: delete it to download it again')

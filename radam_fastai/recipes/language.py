@@ -9,7 +9,7 @@ __all__ = ['UNK', 'EOS', 'SIZES', 'language', 'adam_2k', 'markov_text', 'read_to
            'lm_dls', 'awd_lstm_learner', 'sinusoids', 'Transformer', 'transformer_learner', 'load_text', 'text_learner',
            'FirstGradients', 'loss_figure', 'gradients_figure', 'show_adam_2k']
 
-# %% ../../nbs/42_recipes.language.ipynb #8f5a73fd
+# %% ../../nbs/42_recipes.language.ipynb #830b908d
 import hashlib
 from collections import Counter
 from functools import cache,partial
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ..callback import GradientHistogram
 from ..plot import new_axes,plot_gradient_ridge
-from .data import from_archives
+from .data import find_folder
 from .runs import check
 from .sweep import Experiment,contender,curves_figure,grid,labels,show_sweep
 
@@ -59,21 +59,19 @@ def markov_text(
     words = [EOS if i==7 else f'w{i}' for i in range(n_words)] # a word among the frequent ones ends the paragraph
     return [words[i] for i in new],-np.log(p)
 
-# %% ../../nbs/42_recipes.language.ipynb #7f30db14
-_files = 'it should hold train.txt and valid.txt, or wikitext-2-small.tgz'
-
+# %% ../../nbs/42_recipes.language.ipynb #decfd06d
 def read_tokens(
     path:Path, # Folder
     name:str, # Of a text file in it
 ) -> list: # Tokens
     "The tokens of a file; an `OptionError` if it is missing, empty or no text"
-    check((path/name).is_file(), f'--path {path}: holds no file {name}; {_files}')
+    check((path/name).is_file(), f'--path {path}: holds no file {name}; it should hold train.txt and valid.txt, or wikitext-2-small.tgz')
     try: tokens = (path/name).read_text(encoding='utf-8').replace('\n', f' {EOS} ').split()
     except UnicodeDecodeError as e: check(False, f'--path {path}: {name} is no text in UTF-8 ({e})')
     check(set(tokens) - {EOS}, f'--path {path}: {name} is empty')
     return tokens
 
-# %% ../../nbs/42_recipes.language.ipynb #8eb6cbd3
+# %% ../../nbs/42_recipes.language.ipynb #1140e3b8
 def find_text(
     path:Path=None, # Folder that holds `train.txt` and `valid.txt`, or `wikitext-2-small.tgz`; `None` for `markov_text`
 ) -> tuple[list, list, dict]: # Training tokens; validation tokens; `name`, `source`, `tokens`, `valid_tokens`, `digest`, for `Run.data`
@@ -84,11 +82,9 @@ def find_text(
         train,valid = tokens[:n],tokens[n:]
         about = dict(name='markov_text', source='written for the purpose', best_perplexity=round(float(np.exp(nats[n:].mean())), 3))
     else:
-        path = Path(path).expanduser()
-        check(path.is_dir(), f'--path {path}: no such folder; {_files}')
-        found = None if (path/'train.txt').exists() else from_archives(path, 'wikitext-2-small')
-        train,valid = (read_tokens(found or path, f'{split}.txt') for split in ('train','valid'))
-        about = dict(name=(found or path).name, source='archive wikitext-2-small in a folder' if found else 'a folder')
+        path,source = find_folder(path, ['train.txt','valid.txt'], 'wikitext-2-small')
+        train,valid = (read_tokens(path, f'{split}.txt') for split in ('train','valid'))
+        about = dict(name=path.name, source=source)
     digest = hashlib.sha256('\n'.join(' '.join(o) for o in (train, valid)).encode()).hexdigest()[:16]
     return train,valid,dict(**about, tokens=len(train), valid_tokens=len(valid), digest=digest)
 

@@ -8,8 +8,8 @@ A report needs no images, no model and no GPU: only files of records. Runs with 
 __all__ = ['settings', 'groups', 'runs_table', 'mean_std', 'compare', 'summary', 'published_text', 'markdown_table', 'conditions',
            'save_figure', 'save_plot', 'save_run', 'find_records', 'report']
 
-# %% ../../nbs/23_recipes.report.ipynb #f3184d60
-import json
+# %% ../../nbs/23_recipes.report.ipynb #072f73d9
+import json,os
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -129,7 +129,7 @@ def save_plot(
     "Save the figure of `plot_runs` as a PNG"
     return save_figure(plot_runs(records, title), path)
 
-# %% ../../nbs/23_recipes.report.ipynb #ccfccede
+# %% ../../nbs/23_recipes.report.ipynb #c9dbc8bc
 def save_run(
     record:dict, # Of a run
     folder:Path, # To write to
@@ -142,7 +142,7 @@ def find_records(
     folder:Path, # Searched with all folders in it
 ) -> dict: # Folder → its records
     "The records below `folder`; an `OptionError` if there are none"
-    check(Path(folder).is_dir(), f'--report {folder}: no such folder')
+    check(os.path.isdir(folder), f'--report {folder}: no such folder')
     found = {p.parent: rs for p in sorted(Path(folder).rglob('records.jsonl')) if (rs := [r for r in read_records(p) if 'epochs' in r])}
     check(found, f'--report {folder}: no records.jsonl with finished runs in it or below')
     return found

@@ -8,7 +8,7 @@ Two claims of the article, after Liu et al. (arXiv:1908.03265, section 5): RAdam
 __all__ = ['SMALL', 'PAPER', 'lr_robustness', 'warmup_lengths', 'read_images', 'part', 'load_folder', 'load_images', 'Block',
            'resnet20', 'image_learner', 'with_warmups']
 
-# %% ../../nbs/41_recipes.robustness.ipynb #a962987f
+# %% ../../nbs/41_recipes.robustness.ipynb #53b328c8
 from functools import cache
 from pathlib import Path
 
@@ -25,12 +25,12 @@ from fastcore.basics import noop
 from PIL import Image
 from torch import Tensor,nn
 
-from .data import digest,draw,from_archives,split_files
+from .data import digest,draw,find_folder,split_files
 from .memory import crop_flip,digits,tensor_dls
 from .runs import RecipeError,check
 from .sweep import Experiment,contender,grid,show_sweep
 
-# %% ../../nbs/41_recipes.robustness.ipynb #b8d49722
+# %% ../../nbs/41_recipes.robustness.ipynb #95f84269
 def read_images(
     files:list, # Paths, of `class/file`
     size:int, # Side of the images, pixels
@@ -58,7 +58,7 @@ def load_folder(
     n_valid:int=None, # Validation images, likewise
 ) -> tuple[tuple, dict]: # (images, labels) of training and of validation, normalised; a description for the record
     "The images of a folder, ready for the network"
-    path = (not (path/'train').is_dir() and from_archives(path, 'cifar10')) or path
+    path,_ = find_folder(path, ['train','test'], 'cifar10')
     train,valid = split_files(path, ('train','test'))
     vocab = list(train)
     parts = [part(split, n) for split,n in ((train, n_items), (valid, n_valid))]
@@ -72,7 +72,7 @@ def load_images(
 ) -> tuple[tuple, dict]: # As `load_folder`
     "Images of a folder, or digits, which have the size and number that they have"
     loaded,about = (digits(),dict(name='scikit-learn digits', size=8, classes=10)) if path is None else load_folder(
-        Path(path).expanduser(), *(o[k] for k in ('size','n_items','n_valid')))
+        Path(path), *(o[k] for k in ('size','n_items','n_valid')))
     n = len(loaded[0][0])
     check(o['bs'] <= n, f"--bs {o['bs']}: must be at most {n}, the number of training images")
     return loaded,about
