@@ -25,7 +25,7 @@ from torch.nn import Parameter
 
 from .rectify import check_sqr_mom, rectification
 
-# %% ../nbs/01_functional.ipynb #0dc2a521
+# %% ../nbs/01_functional.ipynb #64b9c8e6
 def as_number(v):
     "`v`, or the number in a tensor of one element"
     readable = isinstance(v, Tensor) and v.numel() == 1 and v.layout == torch.strided and not v.is_meta
@@ -36,13 +36,12 @@ def as_float(
     what:str, # To be named
 ) -> float: # An integer beyond all floats is infinite
     "`v` as a float, or a `ValueError`"
-    if type(v) is float: return v
     v = as_number(v)
     if not isinstance(v, Real): raise ValueError(f"{what} must be a number, got {type(v).__name__} {str(v)[:40]!r}")
     try: return float(v)
     except OverflowError: return math.inf if v > 0 else -math.inf
 
-# %% ../nbs/01_functional.ipynb #a7df98f4
+# %% ../nbs/01_functional.ipynb #47dfd190
 def check_hypers(
     lr:float, # Learning rate, at least 0
     mom:float, # Gradient moving average (β1) coefficient, in [0, 1)
@@ -52,7 +51,9 @@ def check_hypers(
     beta:float=0., # Sharpness of the softplus on the denominator, at least 0 (0: off)
 ) -> dict: # The same, as floats
     "Raise a `ValueError` that names the first hyper-parameter that is no number, or out of its range"
-    res = {k: as_float(v, k) for k,v in dict(lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, beta=beta).items()}
+    res = dict(lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, beta=beta)
+    for k,v in res.items():
+        if type(v) is not float: res[k] = as_float(v, k) # every step of a run comes by here
     mom = res['mom']
     if not 0 <= mom < 1: raise ValueError(f"mom (β1) must be in [0, 1), got {mom}")
     check_sqr_mom(res['sqr_mom'])

@@ -18,13 +18,13 @@ COMMON = dict(
     opt='radam', lr=1e-2, mom=.9, sqrmom=.99, eps=1e-6, wd=1e-2, beta=0., # optimizer
     fp16=True, bf16=False) # precision, on a GPU
 
-# %% ../../nbs/27_recipes.presets.ipynb #53e25e0a
+# %% ../../nbs/27_recipes.presets.ipynb #66c76396
 _over9000 = dict(runs=20, source='https://github.com/mgrankin/over9000')
 _2020_01 = dict(arch='xse_resnext50', act_fn='Mish', pool='MaxPool', sa=True, norm=False, pct_start=.75, opt='ranger', lr=8e-3, mom=.95)
 _2020_10 = dict(_2020_01, pool='MaxBlurPool', aug='resize', bs=32, wd=1e-4)
 
 PRESETS = { # name: (what it changes in COMMON, published figure)
-    'radam': (dict(_2020_10, pool='MaxPool', opt='radam'), None),
+    'radam': (dict(act_fn='Mish', pool='MaxPool', sa=True, aug='resize', bs=32, wd=1e-4, lr=8e-3), None),
     'over9000-adam': (dict(opt='adam', lr=3e-3, sched='one_cycle', pct_start=.3), dict(_over9000, mean=.7784, std=.0054)),
     'over9000-radam': ({}, dict(_over9000, mean=.7696, std=.0084)),
     'over9000-ranger': (dict(opt='ranger'), dict(_over9000, mean=.7844, std=.0056)),
