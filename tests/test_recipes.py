@@ -152,7 +152,7 @@ def test_help(cli):
 
 bad_demo = {'--epochs 0':'--epochs', '--bs 1':'--bs', '--bs 2000':'--bs', '--lr 0':'1e-08 to 10', '--lr nan':'--lr', '--seed -1':'0 to 2147483648'}
 bad_imagenette = {'--preset best':'over9000-radam', '--arch resnet50':'xse_resnext50', '--opt sgd':'radam, ranger, adam', '--sched cosine':'flat_cos, one_cycle', '--aug mixup':'crop, resize',
-    '--act-fn GELU':'ReLU, Mish', '--pool Pool':'AvgPool, MaxPool, MaxBlurPool', '--size 8':'16 to 1024', '--size 100':'--size 100: xse_resnext50 with --pool MaxPool', '--bs 1':'2 to 4096',
+    '--act-fn GELU':'ReLU, Mish', '--pool Pool':'AvgPool, MaxPool, MaxBlurPool', '--size 8':'16 to 1024', '--size 100':'--size 100: xresnet50 with --pool MaxPool', '--bs 1':'2 to 4096',
     '--bs 66':'at most 65', '--bs 32 --n-items 30':'at most 30', '--epochs 0':'1 to 1000', '--lr -1':'--lr', '--mom 1':'--mom', '--sqrmom 1':'--sqrmom', '--eps -1':'--eps',
     '--wd -1':'--wd', '--smooth 1':'--smooth', '--mixup -1':'--mixup', '--sh 2':'--sh', '--beta -1':'--beta', '--pct-start 1':'--pct-start', '--n-items 9':'10 to 60', '--n-items 61':'10 to 60',
     '--runs 0':'--runs', '--workers -1':'--workers', '--seed -1':'--seed', '--div 3':'flat_cos has none', '--sa 0 --sym 1':'--sym',
