@@ -13,10 +13,11 @@ from test_checkpoint import identical
 
 nan,inf = math.nan,math.inf
 FASTAI = dict(lr=[0, inf], mom=[0, 1], sqr_mom=[0, 1], eps=[0, inf], wd=[0, inf], beta=[0, inf]) # what is allowed: from the first number to below the second
+ADAM = {k: v for k,v in FASTAI.items() if k != 'beta'}
 TORCH = dict(lr=[0, inf], betas=[0, 1], eps=[0, inf], weight_decay=[0, inf])
 ALIASES = dict(betas=r'betas|mom|sqr_mom', weight_decay='weight_decay|wd')
-OPTS = {'RAdam': (RAdam, FASTAI), 'RAdam, L2': (partial(RAdam, decouple_wd=False), FASTAI), 'Ranger': (Ranger, FASTAI), 'Adam': (Adam, {k: v for k,v in FASTAI.items() if k != 'beta'}),
-    'Adam, linear': (AdamLinearFn, {k: v for k,v in FASTAI.items() if k != 'beta'}), 'Adam-2k': (partial(Adam2kFn, n_steps=3), {k: v for k,v in FASTAI.items() if k != 'beta'}),
+OPTS = {'RAdam': (RAdam, FASTAI), 'RAdam, L2': (partial(RAdam, decouple_wd=False), FASTAI), 'Ranger': (Ranger, FASTAI), 'Adam': (Adam, ADAM),
+    'Adam, linear': (AdamLinearFn, ADAM), 'Adam-2k': (partial(Adam2kFn, n_steps=3), ADAM),
     'SGD': (SGD, dict(lr=[0, inf], mom=[0, 1], wd=[0, inf])), 'torch': (TorchRAdam, TORCH), 'torch, foreach': (partial(TorchRAdam, foreach=True), TORCH), 'wrapper': (RAdamWrapper, TORCH)}
 WRONG = ['x', '.1', None, 1j, {}, object(), b'1', torch.ones(2), [], 10**400, -10**400]
 

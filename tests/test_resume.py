@@ -8,6 +8,7 @@ from fastai.callback.core import Callback
 from filelock import FileLock
 
 from attacks import FULL, tally
+from mutate import RunsCode, damage
 from radam_fastai.optimizer import RAdamFn, RangerFn
 from radam_fastai.recipes import demo, imagenette, jobs
 from radam_fastai.recipes.checkpoint import epoch_seed, load_checkpoint, save_checkpoint
@@ -252,24 +253,12 @@ def test_a_run_without_its_record_is_not_repeated(tmp_path, monkeypatch):
     r, = one(tmp_path, resume=True)
     assert read_records(tmp_path/'records.jsonl') == [r] and len(r['epochs']) == 2 and not list(tmp_path.glob('*.pth'))
 
-def mutate(path, rng):
-    "Damage a file in one of several ways: which"
-    b,how = bytearray(path.read_bytes()),rng.choice(['cut','flip','zero','append','swap'])
-    i = rng.randrange(len(b))
-    if how == 'cut': b = b[:i]
-    if how == 'flip': b[i] ^= 1 << rng.randrange(8)
-    if how == 'zero': b[i:i+64] = bytes(len(b[i:i+64]))
-    if how == 'append': b += rng.randbytes(99)
-    if how == 'swap': b[i:i+200] = b[i:i+200][::-1]
-    path.write_bytes(b)
-    return how
-
 @pytest.mark.parametrize('seed', range(30))
 def test_damaged_checkpoints(part, seed):
     "Refused with the file's name, or, where the damage is in no data, read as it was"
     path,rng = part/'radam-0.pth',random.Random(seed)
     good = load_checkpoint(path)
-    mutate(path, rng)
+    path.write_bytes(damage(path.read_bytes(), rng)[0])
     try: same(load_checkpoint(path), good)
     except RecipeError as e: assert str(path) in str(e) and len(str(e).splitlines()) == 1
 
@@ -278,13 +267,8 @@ def test_damaged_checkpoint_stops_the_job(part):
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(RecipeError, match='radam-0.pth is not a whole checkpoint .*: delete it'): one(part, resume=True)
 
-class Evil:
-    "Touches a file when it is unpickled"
-    def __init__(self, path): self.path = path
-    def __reduce__(self): return os.system, (f'touch {self.path}',)
-
 def test_checkpoints_run_no_code(tmp_path):
-    torch.save(dict(model=Evil(tmp_path/'ran')), tmp_path/'a.pth')
+    torch.save(dict(model=RunsCode(tmp_path/'ran')), tmp_path/'a.pth')
     with pytest.raises(RecipeError, match='it is not only data'): load_checkpoint(tmp_path/'a.pth')
     assert not (tmp_path/'ran').exists()
 

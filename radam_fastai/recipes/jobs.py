@@ -72,7 +72,7 @@ def finish(
     return dict({**about, **last}, began=about['sittings'][0]['began'], hypers=hypers, n_steps=len(steps), rectifier=rectifier_summary(steps),
                 epochs=epochs, notes=notes, steps=by_column)
 
-# %% ../../nbs/24_recipes.jobs.ipynb #f0698661
+# %% ../../nbs/24_recipes.jobs.ipynb #cb836e69
 def train_run(
     run:Run, # To be trained
     name:str, # Of its files
@@ -91,7 +91,8 @@ def train_run(
         about = {**about, 'sittings': [*about['sittings'], sitting(epoch)]}
         def now(): return {**about, 'secs': about['secs'] + time.perf_counter()-start}
         saver = EpochCheckpoint(path, rec, lambda: dict(run=name, about=now()), state)
-        with terminal_bars(),learn.added_cbs([SeedEpochs(run.seed), *watchers, rec, saver]),shared(learn),start_at(learn, epoch),leaving_autocast(learn): run.fit(learn)
+        cbs = [SeedEpochs(run.seed), *watchers, rec, saver]
+        with terminal_bars(),learn.added_cbs(cbs),shared(learn),start_at(learn, epoch),leaving_autocast(learn): run.fit(learn)
         record = finish(now(), *(getattr(rec, k) for k in RECORDED))
     else: record = finish(state['about'], *(state[k] for k in RECORDED)) # only the record was missing
     if is_main():
@@ -124,7 +125,7 @@ def leaving_autocast(
             if cast and torch.is_autocast_enabled(cast.device): cast.__exit__(None, None, None)
         raise
 
-# %% ../../nbs/24_recipes.jobs.ipynb #b6596eb4
+# %% ../../nbs/24_recipes.jobs.ipynb #f599644a
 def check_same(
     run:Run, # Asked for
     found:dict, # What the record or the checkpoint of an earlier run of that name says
@@ -140,7 +141,7 @@ def check_same(
     differ += [f"data with {k} {found['data'][k]}, not {v}" for k,v in data.items()]
     check(not differ, f"--resume: {found['run']} in {out} was begun with {'; '.join(differ)}: give what it was begun with, or another --out")
 
-_begun = dict(run=str, recipe=str, opt=str, secs=(int,float), sittings=list)
+_begun = dict(recipe=str, opt=str, secs=(int,float), sittings=list)
 _sitting = dict(epoch=int, began=str, versions=dict, device=dict)
 
 def check_begun(
