@@ -10,12 +10,13 @@ __all__ = ['fastai_keys', 'torch_keys', 'check_updatable', 'IntCounter', 'Tensor
 # %% ../nbs/02_bucket.ipynb #0cbd1a0a
 from collections.abc import Iterable, MutableMapping
 from itertools import chain, zip_longest
-from operator import is_
+from operator import is_, itemgetter
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
-from .functional import SMALL, can_fuse, copy_like, layout, radam_step_
+from .functional import SMALL, can_fuse, check_not_capturing, copy_like, layout, radam_step_
 
 # %% ../nbs/02_bucket.ipynb #b0319e65
 def check_updatable(
@@ -30,6 +31,7 @@ def check_updatable(
         if g.layout != torch.strided:
             raise TypeError(f"RAdam needs dense gradients, got {g.layout} for {what}: use `sparse=False` in its layer")
         if not p.is_floating_point(): raise TypeError(f"RAdam needs real floating point parameters, got {p.dtype} for {what}")
+        if g.dtype != p.dtype: raise TypeError(f"{what} is {p.dtype}, its gradient {g.dtype}: RAdam needs them alike, so leave `grad_dtype` as it is")
         if avg is not None and (avg.dtype != p.dtype or avg.shape != p.shape):
             raise TypeError(f"{what} is {p.dtype} now, its averages are {avg.dtype} of shape {tuple(avg.shape)}: clear the state, or load it again to convert it")
 
@@ -50,7 +52,7 @@ class TensorCounter:
     def intact(self): return bool((self.all == self.count).all())
     def advance(self):
         self.count += 1
-        self.all += 1
+        self.all.fill_(self.count) # float32 cannot count beyond 2²⁴ by adding 1
 
 # %% ../nbs/02_bucket.ipynb #61d56833
 class StateKeys:
@@ -70,62 +72,79 @@ class StateKeys:
 fastai_keys = StateKeys('grad_avg', 'sqr_avg', IntCounter)
 torch_keys = StateKeys('exp_avg', 'exp_avg_sq', TensorCounter)
 
+# %% ../nbs/02_bucket.ipynb #81d7b048
+def _order(tensors):
+    "How `tensors` lie in memory: `True` if all do so row by row, or else their strides; `None` if one is missing or sparse"
+    try:
+        if all(map(Tensor.is_contiguous, tensors)): return True
+        return list(map(Tensor.stride, tensors)) if all(t.layout == torch.strided for t in tensors) else None
+    except (AttributeError, RuntimeError, TypeError): return None
+
 # %% ../nbs/02_bucket.ipynb #49b11a13
 class Bucket:
     "Parameters that one `radam_step_` can update: same group, device, dtype, step counts and decay"
     def __init__(self, keys, group, decays, fused, params, states):
         self.keys,self.group,self.decays,self.fused,self.params,self.states = keys,group,decays,fused,params,states
         self.grad_avgs,self.sqr_avgs = ([s[k] for s in states] for k in (keys.grad_avg, keys.sqr_avg))
-        self.matrices,self.strides = [p for p in params if p.dim() > 1],[] # whose elements may come in another order
-        self.places,self.orders = self._places(),list(map(Tensor.stride, self.matrices))
+        self.matrices,self.vectors = ([p for p in params if (p.dim() > 1) == more] for more in (True, False))
+        self.places,self.orders,self.aligned = self._places(),self._orders(),None
         self.small = params[0].device.type == 'cpu' and max(p.numel() for p in params) <= SMALL
+        self.kernel_step = torch.empty((), dtype=torch.float32, device=params[0].device) if fused else None
         self.counter = keys.counter(len(states), int(states[0]['step']))
         self.waited = int(states[0].get('waited', 0))
         self._store_count()
 
     def _places(self): return list(map(Tensor.data_ptr, self.params))
+    def _orders(self): return list(map(Tensor.stride, self.matrices)),all(map(Tensor.is_contiguous, self.vectors))
 
     def _store_count(self):
         for s,step in zip(self.states, self.counter.items): s['step'] = step
 
-    def collect(self) -> bool:
-        "Collect the gradients; whether all members still have one, and nothing that the bucket refers to has been replaced"
-        ga,sa,decays = self.keys.grad_avg,self.keys.sqr_avg,self.decays
+    def collect(self):
+        "Take the gradients, and note how they lie in memory"
         self.grads = [p.grad for p in self.params]
-        try: return (self._lay_out(list(map(Tensor.stride, self.grads))) and self._places() == self.places
-                     and list(map(Tensor.stride, self.matrices)) == self.orders and self.counter.intact()
-                     and (not self.waited or all([s['waited'] == self.waited for s in self.states]))
-                     and all([s[ga] is m and s[sa] is v and s['step'] is step and s.get('do_wd', True) == decays
-                              for s,m,v,step in zip(self.states, self.grad_avgs, self.sqr_avgs, self.counter.items)]))
-        except (KeyError, RuntimeError, TypeError): return False # a gradient has gone or become sparse, a state was emptied
+        self.grad_order = _order(self.grads)
 
-    def _lay_out(self, strides):
-        "See to it that the gradients of a fused bucket lie in memory as their parameters do"
-        if not self.fused or strides == self.strides: return True
-        self.strides = strides
-        for i,(p,g) in enumerate(zip(self.params, self.grads)):
-            if layout(p) != layout(g): self.strides,self.grads[i] = [],copy_like(g, p)
-        return True
+    def intact(self) -> bool:
+        "Whether all members still have a gradient, and nothing else that the bucket refers to has been replaced"
+        if self.grad_order is None or self._places() != self.places or self._orders() != self.orders: return False
+        if not self.counter.intact() or {s.get('do_wd', True) for s in self.states} != {self.decays}: return False
+        if self.waited and any(s.get('waited') != self.waited for s in self.states): return False
+        held = {self.keys.grad_avg: self.grad_avgs, self.keys.sqr_avg: self.sqr_avgs, 'step': self.counter.items}
+        try: return all(all(map(is_, map(itemgetter(k), self.states), os)) for k,os in held.items())
+        except KeyError: return False # a state was emptied
 
-    def update(self, *,
-        wd:float, # Weight decay of the members that decay
-        foreach:bool|None=None, # As in torch.optim: `None` fused if possible, `True` multi-tensor operations, `False` tensor by tensor
-        **kwargs # The other arguments of `radam_step_`
-    ):
-        "One update of all members, then count it"
-        lists = self.params,self.grads,self.grad_avgs,self.sqr_avgs
-        for part in ([[o] for o in one] for one in zip(*lists)) if foreach is False else [lists]:
-            waits = radam_step_(*part, self.counter.count+1, wd=wd if self.decays else 0., waited=self.waited, fused=self.fused and foreach is None,
-                                small=self.small, **kwargs)
-        self.grads = [] # or `zero_grad` would release nothing
-        self.counter.advance()
-        self._store_count()
-        if waits: self._wait()
+# %% ../nbs/02_bucket.ipynb #dfa5d223
+@patch
+def _align(self:Bucket):
+    "Let the gradients lie in memory as their parameters do, which the kernel relies on"
+    if self.grad_order == self.aligned: return
+    self.aligned = self.grad_order
+    for i,(p,g) in enumerate(zip(self.params, self.grads)):
+        if layout(p) != layout(g): self.aligned,self.grads[i] = None,copy_like(g, p)
 
-    def _wait(self):
-        "Count one more step that moved the squared averages alone"
-        self.waited += 1
-        for s in self.states: s['waited'] = self.waited
+@patch
+def update(self:Bucket, *,
+    wd:float, # Weight decay of the members that decay
+    foreach:bool|None=None, # As in torch.optim: `None` fused if possible, `True` multi-tensor operations, `False` tensor by tensor
+    **kwargs # The other arguments of `radam_step_`
+):
+    "One update of all members, then count it"
+    if self.fused: self._align()
+    lists = self.params,self.grads,self.grad_avgs,self.sqr_avgs
+    for part in ([[o] for o in one] for one in zip(*lists)) if foreach is False else [lists]:
+        waits = radam_step_(*part, self.counter.count+1, wd=wd if self.decays else 0., waited=self.waited, fused=self.fused and foreach is None,
+                            small=self.small, kernel_step=self.kernel_step, **kwargs)
+    self.grads = [] # or `zero_grad` would release nothing
+    self.counter.advance()
+    self._store_count()
+    if waits: self._wait()
+
+@patch
+def _wait(self:Bucket):
+    "Count one more step that moved the squared averages alone"
+    self.waited += 1
+    for s in self.states: s['waited'] = self.waited
 
 # %% ../nbs/02_bucket.ipynb #492c2968
 class Buckets:
@@ -145,6 +164,8 @@ class Buckets:
         state:MutableMapping, # The optimizer's state: parameter -> dict, started here where missing
     ) -> list[Bucket]: # Ready for `update` with the hypers of their `group`
         "The buckets of all parameters that have a gradient"
+        check_not_capturing()
+        for b in self.buckets: b.collect()
         if not self._fresh(param_lists, state):
             self.forget() # first: the old averages may be the larger part of the memory in use
             self._sort(param_lists, state)
@@ -153,7 +174,7 @@ class Buckets:
     def _fresh(self, param_lists, state):
         return (list(map(len, param_lists)) == self.sizes and all(map(is_, chain.from_iterable(param_lists), self.params))
                 and len(state) == len(self.states) and all(map(is_, state.values(), self.states))
-                and all([p.grad is None for p in self.idle]) and all([b.collect() for b in self.buckets]))
+                and all([p.grad is None for p in self.idle]) and all([b.intact() for b in self.buckets]))
 
     def _sort(self, param_lists, state):
         params,idle,groups = [p for pg in param_lists for p in pg],[],{}
