@@ -74,6 +74,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'radam_fastai/bucket.py'),
                                      'radam_fastai.bucket.IntCounter.advance': ('bucket.html#intcounter.advance', 'radam_fastai/bucket.py'),
                                      'radam_fastai.bucket.IntCounter.intact': ('bucket.html#intcounter.intact', 'radam_fastai/bucket.py'),
+                                     'radam_fastai.bucket.Kind': ('bucket.html#kind', 'radam_fastai/bucket.py'),
                                      'radam_fastai.bucket.StateKeys': ('bucket.html#statekeys', 'radam_fastai/bucket.py'),
                                      'radam_fastai.bucket.StateKeys.__init__': ('bucket.html#statekeys.__init__', 'radam_fastai/bucket.py'),
                                      'radam_fastai.bucket.StateKeys.init': ('bucket.html#statekeys.init', 'radam_fastai/bucket.py'),

@@ -149,7 +149,8 @@ def check_fit(
     if len(sd['state']) != sum(sizes): raise ValueError(f"the checkpoint has {len(sd['state'])} parameters, this optimizer {sum(sizes)}")
     for i,(s,p) in enumerate(zip(sd['state'], (p for pg in param_lists for p in pg))): _check_param_state(i, s, p)
     for i,(new,old) in enumerate(zip(sd['hypers'], hypers)):
-        if extra := _quasi_hyperbolic & set(new) - set(old): raise ValueError(f"group {i} of the checkpoint has {', '.join(sorted(extra))}: it was saved by QHAdam")
+        if extra := _quasi_hyperbolic & set(new) - set(old):
+            raise ValueError(f"group {i} of the checkpoint has {', '.join(sorted(extra))}: it was saved by QHAdam")
         if lacks := set(_required) - set(new): raise ValueError(f"group {i} of the checkpoint has no {', '.join(sorted(lacks))}")
         check_hypers(**{k: v for k,v in {**old, **new}.items() if k in hyper_names})
 

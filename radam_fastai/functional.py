@@ -92,7 +92,8 @@ def one_openmp_thread():
         for o,n in before: o.set_num_threads(n)
 
 # %% ../nbs/01_functional.ipynb #064213bd
-def _fused_adam_(params, grads, grad_avgs, sqr_avgs, step, *, decouple_wd, lr, mom, sqr_mom, eps, wd, maximize, small=False, kernel_step=None):
+def _fused_adam_(params, grads, grad_avgs, sqr_avgs, step, *, decouple_wd, lr, mom, sqr_mom, eps, wd, maximize,
+                 small=False, kernel_step=None):
     "Adam's update by PyTorch's fused kernel, for tensors that share `step`; `small` ones by one thread"
     kernel = torch._fused_adamw_ if decouple_wd else torch._fused_adam_
     if kernel_step is None: kernel_step = torch.empty((), dtype=torch.float32, device=params[0].device)
@@ -105,8 +106,8 @@ def _fused_adam_(params, grads, grad_avgs, sqr_avgs, step, *, decouple_wd, lr, m
 def check_not_capturing():
     "Raise a `RuntimeError` while a CUDA graph is being captured"
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("a CUDA graph cannot capture RAdam's step: each replay would repeat its step count, r_t and learning rate, which are "
-                           "computed on the host. Leave the step out of the graph, or use torch.optim.RAdam with capturable=True")
+        raise RuntimeError("a CUDA graph cannot capture RAdam's step: each replay would repeat its step count, r_t and learning rate, "
+                           "which are computed on the host. Leave the step out of the graph, or use torch.optim.RAdam(capturable=True)")
 
 # %% ../nbs/01_functional.ipynb #0ad563eb
 @lru_cache(maxsize=None)
@@ -225,17 +226,17 @@ def radam_step_(
     waits = r is None and sgd_phase in ('wait', 'freeze')
     if not eps_debiased: eps /= math.sqrt(1 - sqr_mom**step)
     adam = dict(mom=mom, sqr_mom=sqr_mom, eps=eps)
-    moves = r or 1. # factor on the learning rate of the update
-    decays = moves if scale_wd else 1. # and on that of the decay
-    if waited: moves *= (1 - mom**step)/(1 - mom**(step-waited)) # debiased by `step`, `grad_avgs` would be too small
+    lr_mult = r or 1.
+    wd_mult = lr_mult if scale_wd else 1.
+    if waited: lr_mult *= (1 - mom**step)/(1 - mom**(step-waited)) # debiased by `step`, `grad_avgs` would be too small
     if fused is None: fused = all(map(can_fuse, params, grads, grad_avgs, sqr_avgs))
     if r and fused and not beta and _debiases_well(params[0].device, step, mom, sqr_mom):
         # the kernel decays by wd times the learning rate it is given
-        return _fused_adam_(params, grads, grad_avgs, sqr_avgs, step, decouple_wd=decouple_wd, lr=lr*moves,
-                            wd=wd/(moves/decays) if decouple_wd else wd, maximize=maximize, small=small, kernel_step=kernel_step, **adam)
+        return _fused_adam_(params, grads, grad_avgs, sqr_avgs, step, decouple_wd=decouple_wd, lr=lr*lr_mult,
+                            wd=wd/(lr_mult/wd_mult) if decouple_wd else wd, maximize=maximize, small=small, kernel_step=kernel_step, **adam)
     _average_(params, grads, grad_avgs, sqr_avgs, mom=mom, sqr_mom=sqr_mom, l2=0. if decouple_wd else wd, maximize=maximize, waits=waits)
     if waits: return sgd_phase == 'wait'
     if r is None and sgd_phase == 'skip': return
-    if decouple_wd and wd: torch._foreach_mul_(params, 1-lr*decays*wd)
-    if r is None: torch._foreach_add_(params, grad_avgs, alpha=-lr*moves/(1 - mom**step))
-    else: _adam_(params, grad_avgs, sqr_avgs, step, lr=lr*moves, beta=beta, **adam)
+    if decouple_wd and wd: torch._foreach_mul_(params, 1-lr*wd_mult*wd)
+    if r is None: torch._foreach_add_(params, grad_avgs, alpha=-lr*lr_mult/(1 - mom**step))
+    else: _adam_(params, grad_avgs, sqr_avgs, step, lr=lr*lr_mult, beta=beta, **adam)

@@ -90,10 +90,10 @@ def __setstate__(self:RAdam, state):
 def _to_torch(sd, groups):
     "A state in fastai's layout in torch's, with the further settings of `groups`"
     names,n = {'grad_avg': 'exp_avg', 'sqr_avg': 'exp_avg_sq'},count()
-    hypers = [{**_hypers(g), **h} for g,h in zip(groups, sd['hypers'])]
+    hypers,own = [{**_hypers(g), **h} for g,h in zip(groups, sd['hypers'])],lambda h: {k: v for k,v in h.items() if k not in hyper_names}
     return {'state': {i: {names.get(k, k): v for k,v in s.items()} for i,s in enumerate(sd['state'])},
-            'param_groups': [{**g, **{k: v for k,v in h.items() if k not in hyper_names}, 'params': [next(n) for _ in g['params']], 'lr': h['lr'],
-                              'betas': (h['mom'], h['sqr_mom']), 'eps': h['eps'], 'weight_decay': h['wd']} for g,h in zip(groups, hypers)]}
+            'param_groups': [{**g, **own(h), 'params': [next(n) for _ in g['params']], 'lr': h['lr'], 'betas': (h['mom'], h['sqr_mom']),
+                              'eps': h['eps'], 'weight_decay': h['wd']} for g,h in zip(groups, hypers)]}
 
 def _readable(opt, state_dict):
     "`state_dict` in torch's layout, once it is known to fit `opt`"
