@@ -25,8 +25,8 @@ from fastcore.foundation import L
 from torch import Tensor
 
 from .bucket import Buckets, fastai_keys
-from .checkpoint import check_count, check_fit, check_slow_weights, keep_flags, read_state
-from .functional import as_float, check_hypers, check_settings, copy_like
+from .checkpoint import check_count, check_fit, check_slow_weights, hyper_names, keep_flags, plain_hypers, read_state
+from .functional import check_hypers, check_settings, copy_like
 from .rectify import check_threshold, rectification
 
 # %% ../nbs/04_optimizer.ipynb #8326908d
@@ -87,14 +87,13 @@ class RAdam(RuledAdam):
                          maximize=maximize, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, beta=beta)
 
 # %% ../nbs/04_optimizer.ipynb #731e6278
-_hypers = 'lr','mom','sqr_mom','eps','wd','beta'
-
 @patch
 def _checked_hypers(self:RuledAdam) -> list[dict]:
     "The hyper-parameters of each group as floats in their ranges"
-    return [check_hypers(**{k: h[k] for k in _hypers}) for h in self.hypers]
+    return [check_hypers(**{k: h[k] for k in hyper_names}) for h in self.hypers]
 
 @patch
+@torch.compiler.disable
 def step(self:RuledAdam, closure=None):
     "Update every parameter that has a gradient"
     if closure is not None: raise NotImplementedError("fastai optimizers currently do not support closure")
@@ -120,7 +119,7 @@ def clear_state(self:RuledAdam):
 def state_dict(self:RuledAdam) -> dict:
     "`state` (a dict per parameter) and `hypers` (a dict per group)"
     return {'state': [dict(self.state[p]) for pg in self.param_lists for p in pg],
-            'hypers': [{k: as_float(v, k) for k,v in h.items()} for h in self.hypers]}
+            'hypers': [plain_hypers(h) for h in self.hypers]}
 
 @patch
 def _read(self:RuledAdam, sd):
@@ -178,6 +177,7 @@ class Ranger(RAdam):
 
 # %% ../nbs/04_optimizer.ipynb #90aa4637
 @patch
+@torch.compiler.disable
 def step(self:Ranger, closure=None):
     "Update every parameter that has a gradient; at every `k`-th step, move the slow weights and return to them"
     begins = self.slow_weights is None
@@ -193,7 +193,7 @@ def step(self:Ranger, closure=None):
     if not (pairs := [(s, p.detach()) for s,p in pairs if p.requires_grad or p.grad is not None]): return
     slow,fast = map(list, zip(*pairs))
     torch._foreach_lerp_(slow, fast, self.alpha)
-    torch._foreach_copy_(fast, slow)
+    torch._foreach_lerp_(fast, slow, 1.) # a copy, which sharded tensors can make, too
 
 @patch
 def clear_state(self:Ranger):
@@ -217,9 +217,9 @@ def load_state_dict(self:Ranger,
     slow = sd['slow_weights']
     check_count(sd['count'], 'count')
     check_slow_weights(slow, self.param_lists)
+    slow = slow and [[copy_like(o, p) for o,p in zip(a, b)] for a,b in zip(slow, self.param_lists)]
     RAdam.load_state_dict(self, {k: v for k,v in sd.items() if k not in ('count', 'slow_weights')})
-    self.count = int(sd['count'])
-    self.slow_weights = slow and [[copy_like(o, p) for o,p in zip(a, b)] for a,b in zip(slow, self.param_lists)]
+    self.count,self.slow_weights = int(sd['count']),slow
 
 # %% ../nbs/04_optimizer.ipynb #882f56f0
 RAdamFn = partial(RAdam, sqr_mom=.99, eps=1e-6, wd=1e-2)

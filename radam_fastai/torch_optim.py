@@ -22,7 +22,7 @@ from fastcore.foundation import L
 from torch import Tensor
 
 from .bucket import Buckets, torch_keys
-from .checkpoint import check_fit, keep_flags, read_state
+from .checkpoint import check_fit, hyper_names, keep_flags, read_state
 from .functional import check_hypers, copy_like
 
 # %% ../nbs/05_torch_optim.ipynb #200f3859
@@ -65,6 +65,7 @@ def add_param_group(self:RAdam, param_group:dict):
     torch.optim.Optimizer.add_param_group(self, param_group)
 
 @patch
+@torch.compiler.disable
 @torch.no_grad()
 def step(self:RAdam, closure=None):
     "Update every parameter that has a gradient; `closure` recomputes the loss and returns it"
@@ -89,9 +90,9 @@ def __setstate__(self:RAdam, state):
 def _to_torch(sd, groups):
     "A state in fastai's layout in torch's, with the further settings of `groups`"
     names,n = {'grad_avg': 'exp_avg', 'sqr_avg': 'exp_avg_sq'},count()
-    hypers = [{**_hypers(g), **h} for g,h in zip(groups, sd['hypers'])]
+    hypers,own = [{**_hypers(g), **h} for g,h in zip(groups, sd['hypers'])],lambda h: {k: v for k,v in h.items() if k not in hyper_names}
     return {'state': {i: {names.get(k, k): v for k,v in s.items()} for i,s in enumerate(sd['state'])},
-            'param_groups': [{**g, 'params': [next(n) for _ in g['params']], 'lr': h['lr'], 'betas': (h['mom'], h['sqr_mom']),
+            'param_groups': [{**g, **own(h), 'params': [next(n) for _ in g['params']], 'lr': h['lr'], 'betas': (h['mom'], h['sqr_mom']),
                               'eps': h['eps'], 'weight_decay': h['wd']} for g,h in zip(groups, hypers)]}
 
 def _readable(opt, state_dict):

@@ -434,7 +434,38 @@ FOR_ONE = { # states that the other class takes
     'not maximize':         (partial(RAdam, maximize=True), torch_sd, 'group 0.*maximize=False.*True'),
     'SAdam into torch':     (TorchRAdam, partial(fastai_sd, fo.RAdam, beta=20.), 'beta'),
 }
+def run_on(cls, sd):
+    opt = build(cls)
+    opt.load_state_dict(sd)
+    return opt
+
 CASES = {**{f'{name}, into {cls.__module__.split(".")[-1]}': (cls, *case) for name,case in REFUSED.items() for cls in (RAdam, TorchRAdam)}, **LOOKAHEAD, **FOR_ONE}
+
+@pytest.mark.parametrize('cls', [RAdam, Ranger, TorchRAdam, fo.RAdam])
+@pytest.mark.parametrize('theirs', [fo.RAdam, RAdam])
+@pytest.mark.parametrize('mine', [3., 'text', [1, 2]], ids=str)
+def test_hypers_of_the_users_own(cls, theirs, mine):
+    "Saved and loaded as fastai does, whether the optimizer that loads has them or not"
+    if cls is Ranger: theirs = {fo.RAdam: fo.ranger, RAdam: Ranger}[theirs]
+    saved = run(build(theirs), range(7))
+    for h in saved.hypers: h['mine'] = mine
+    for has in (False, True):
+        opt = build(cls)
+        if has:
+            for h in hypers_of(opt): h['mine'] = None
+        opt.load_state_dict(through_file(saved.state_dict(), weights_only=False))
+        assert [h['mine'] for h in hypers_of(opt)] == [mine]*2
+        run(opt, range(7, 9))
+
+@pytest.mark.parametrize('cls', [RAdam, TorchRAdam])
+def test_what_the_recorder_left_behind(cls):
+    "Files of earlier versions may have its readings among the hyper-parameters"
+    sd = fastai_sd()
+    expect = run(run_on(cls, sd), range(7, 9))
+    for h in sd['hypers']: h.update(rect=.3, effective_lr=.015)
+    opt = run_on(cls, sd)
+    assert not {'rect', 'effective_lr'} & {k for h in hypers_of(opt) for k in h}
+    close(run(opt, range(7, 9)), expect, 0)
 
 @pytest.mark.parametrize('name', CASES)
 def test_refused(name):

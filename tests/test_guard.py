@@ -355,6 +355,34 @@ def test_a_refusal_leaves_no_optimizer_where_there_was_none(tmp_path):
     with pytest.raises(ValueError): load_strict(fresh, 'a')
     assert fresh.opt is None
 
+class Extra(nn.Module):
+    "A model with extra state that it may refuse, and a buffer that may be one number seen many times"
+    def __init__(self, expanded=False):
+        super().__init__()
+        self.register_buffer('seen', torch.zeros(1).expand(3) if expanded else torch.zeros(3))
+        self.net,self.known,self.refuses = get_model(),0,False
+    def forward(self, x): return self.net(x)
+    def get_extra_state(self): return {'known': self.known}
+    def set_extra_state(self, state):
+        self.known = state['known']
+        if state['known'] and self.refuses: raise KeyError('half-way')
+
+@each
+@pytest.mark.parametrize('what', ['extra state', 'expanded buffer'])
+def test_a_model_that_cannot_take_it(tmp_path, opt, what):
+    "Found out by loading: the optimizer, which came first, and the model are put back"
+    def one(**kw): return make(tmp_path, opt, model=Extra(**kw), splitter=lambda m: halves(m.net))
+    learn,other = one(),one(expanded=what == 'expanded buffer')
+    learn.fit(2, .02)
+    learn.model.known,learn.model.seen[:] = 5,torch.arange(3.)
+    learn.save('a')
+    other.fit(1, .02)
+    other.model.refuses = what == 'extra state'
+    before = held(other)
+    with pytest.raises(ValueError, match="a.pth is not loaded: the model's state does not fit"): load_strict(other, 'a')
+    assert identical(held(other), before) and other.model.known == 0
+    other.fit(1, .02)
+
 def test_no_file(tmp_path):
     with pytest.raises(FileNotFoundError, match='nowhere.pth'): load_strict(make(tmp_path), 'nowhere')
 

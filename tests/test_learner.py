@@ -405,6 +405,20 @@ def test_mixed_precision_on_gpu(ours, to):
     losses = [v[0] for v in learn.recorder.values]
     assert losses[-1] < losses[0] and 30 <= steps(learn)[0] <= 40 and learn.model[1][1].weight.is_cuda
 
+@pytest.mark.parametrize('ours', [RAdam, Ranger])
+@pytest.mark.parametrize('fresh', [True, False])
+def test_a_hyper_of_the_users_own(ours, fresh, tmp_path):
+    "Is no reason to go on without the optimizer's state"
+    a = get_learner(ours, path=tmp_path)
+    a.create_opt()
+    a.opt.set_hyper('mine', 3.)
+    a.fit(2, .02)
+    a.save('a')
+    b = get_learner(ours, path=tmp_path) if fresh else a
+    if not fresh: a.fit(1, .02)
+    with no_warnings(): b.load('a')
+    assert steps(b) == [10]*5 and [h['mine'] for h in b.opt.hypers] == [3.]*2
+
 def spoil(learn): learn.loss = learn.loss_grad = learn.loss_grad*math.nan
 
 def test_terminate_on_nan_then_load(pair, tmp_path):

@@ -20,7 +20,7 @@ def set_grads(ps, seed):
     for p,g in zip(ps, params(*[p.shape for p in ps], seed=seed, dtype=ps[0].dtype)): p.grad = g.data
 
 def run(opt, n, start=1):
-    ps = [p for pg in opt.param_lists for p in pg]
+    ps = [p for pg in opt.param_groups for p in pg['params']]
     for t in range(start, start+n):
         set_grads(ps, t)
         opt.step()
@@ -232,6 +232,33 @@ def test_transposed_in_place_with_gradients_by_hand():
     # fastai's averages keep their own order and are read through it, as ours must be
     assert rel_err(ps[0], qs[0]) < 1e-6
 
+@pytest.mark.parametrize('o', [RAdam, Ranger, TorchRAdam])
+def test_same_address_another_stride(o):
+    "A vector that is read with gaps from now on: what lies between stays as it is"
+    def go(cls):
+        wide = torch.arange(12.)
+        p = nn.Parameter(wide[:6])
+        opt = cls([p], lr=.1)
+        for t in range(16):
+            if t == 8: p.data,between = wide[::2],wide[1::2].clone()
+            p.grad = torch.ones(6)
+            opt.step()
+        return p.detach(),torch.equal(wide[1::2], between)
+    got,untouched = go(o)
+    theirs = {RAdam: fo.RAdam, Ranger: partial(fo.ranger, wd=.01), TorchRAdam: torch.optim.RAdam}[o]
+    assert untouched and rel_err(got, go(theirs)[0]) < 1e-6
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, 'grad_dtype'), reason='PyTorch keeps gradients in the dtype of their parameter')
+@pytest.mark.parametrize('o', [RAdam, Ranger, TorchRAdam])
+def test_gradients_of_another_dtype(o):
+    ps = params((3,), (2,))
+    ps[1].grad_dtype = torch.float64
+    for p in ps: p.grad = torch.ones_like(p, dtype=p.grad_dtype)
+    opt,before = o(ps, lr=.1),[p.detach().clone() for p in ps]
+    for _ in range(2):
+        with pytest.raises(TypeError, match=r'parameter 1, shape \(2,\) is torch.float32, its gradient torch.float64'): opt.step()
+    assert all(map(torch.equal, ps, before))
+
 def test_other_devices_are_not_fused():
     p = torch.ones(3)
     assert can_fuse(p, torch.zeros(3), torch.zeros(3)) and not can_fuse(p, torch.zeros(3, device='meta'), torch.zeros(3))
@@ -281,6 +308,19 @@ def test_sorted_once_for_a_run_that_does_not_change(monkeypatch):
     for p in ps[1::2]: opt.state[p]['do_wd'] = False
     run(opt, 25)
     assert len(sorts) == 1 and calls == [20, 20]*20
+
+@pytest.mark.parametrize('o', [RAdam, TorchRAdam])
+def test_one_step_tensor_for_the_kernel(o, monkeypatch):
+    "Kept and filled, not made anew, and one for all members"
+    seen = []
+    kernel = '_fused_adamw_' if o is RAdam else '_fused_adam_'
+    def watch(*a, real=getattr(torch, kernel), **k):
+        seen.append(a[5])
+        assert {s.item() for s in a[5]} == {5. + len(seen)}
+        return real(*a, **k)
+    monkeypatch.setattr(torch, kernel, watch)
+    run(o(params((3,), (2,)), lr=.1), 9)
+    assert len(seen) == 4 and len({id(s) for steps in seen for s in steps}) == 1
 
 # ---- without the fused kernels
 

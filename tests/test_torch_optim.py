@@ -183,6 +183,17 @@ def test_restart_of_one_step_count(reset):
         return ps+[opt.state[p]['step'] for p in ps]
     close(go(RAdam), go(Torch))
 
+def test_counts_that_float32_cannot_hold(monkeypatch):
+    "Beyond 2²⁴ updates: the count goes on, in the nearest numbers, and nothing is sorted anew at each step"
+    from radam_fastai.bucket import Buckets
+    sorts,sort = [],Buckets._sort
+    monkeypatch.setattr(Buckets, '_sort', lambda *a: (sorts.append(1), sort(*a)))
+    ps,opt = build(RAdam, [(3,)])
+    run(ps, opt, range(1))
+    opt.state[ps[0]]['step'].fill_(2**24-2)
+    run(ps, opt, range(1, 9))
+    assert len(sorts) == 2 and opt.state[ps[0]]['step'] == 2**24+6
+
 @pytest.mark.parametrize('n', [0, 3, 8])
 def test_deepcopy(n):
     "Model and optimizer copied together: two runs, independent and equal"
