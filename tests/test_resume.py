@@ -335,3 +335,14 @@ def test_random_numbers_of_an_epoch_do_not_depend_on_those_before(tmp_path):
         def after_train(self): torch.rand(self.n), random.random()
     a,b = one(tmp_path/'a', cbs=Draw(1)),one(tmp_path/'b', cbs=Draw(9))
     assert a[0]['steps'] == b[0]['steps']
+
+@pytest.mark.parametrize('kept', [False, True])
+def test_a_checkpoint_that_was_to_go_goes(tmp_path, monkeypatch, kept):
+    "Killed between the record and the end of the checkpoint: the next job deletes it, unless it was to be kept"
+    def interrupt(*a): raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(jobs, 'save_run', interrupt)
+        with pytest.raises(KeyboardInterrupt): one(tmp_path, keep=kept)
+    assert (tmp_path/'radam-0.pth').exists()
+    one(tmp_path, resume=True)
+    assert (tmp_path/'radam-0.pth').exists() == kept

@@ -17,7 +17,7 @@ from .language import adam_2k,language
 from .limits import degenerate,variance
 from .report import conditions,find_records,report as write_report
 from .robustness import lr_robustness,warmup_lengths
-from .runs import RANGES,check,check_choice,check_out,check_ranges,is_main,names,numbers,usage
+from .runs import RANGES,OptionError,check,check_choice,check_out,check_ranges,is_main,names,numbers,usage
 from .sweep import get_runs,write_shown
 
 # %% ../../nbs/44_recipes.experiment.ipynb #1e11312e
@@ -51,7 +51,10 @@ def report_experiments(
     res = []
     for name,mine in by.items():
         (sub := Path(folder)/name if len(by) > 1 else Path(folder)).mkdir(exist_ok=True)
-        res += write_shown(EXPERIMENTS[name].show(mine), sub)
+        try: shown = EXPERIMENTS[name].show(mine)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e: # the records are of anybody's making
+            raise OptionError(f'--report {folder}: a record of {name} has not what its tables need ({type(e).__name__}: {e})') from e
+        res += write_shown(shown, sub)
     return res
 
 # %% ../../nbs/44_recipes.experiment.ipynb #1d9765cf

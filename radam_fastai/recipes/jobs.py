@@ -16,10 +16,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Callable
 
-from .checkpoint import RECORDED,EpochCheckpoint,SeedEpochs,load_checkpoint,start_at,wrong_form
+from .checkpoint import RECORDED,EpochCheckpoint,SeedEpochs,load_checkpoint,start_at
 from .report import report,save_run
-from .runs import (OptionError,RecipeError,RunRecorder,append_record,cannot_write,check,check_out,environment,is_main,read_records,
-                                       rectifier_summary,terminal_bars)
+from .runs import (OptionError,RecipeError,RunRecorder,append_record,cannot_write,check,check_out,environment,is_main,read_runs,
+                                       rectifier_summary,terminal_bars,wrong_form)
 
 import torch
 from fastai.callback.fp16 import MixedPrecision
@@ -95,6 +95,7 @@ def train_run(
         with terminal_bars(),learn.added_cbs(cbs),shared(learn),start_at(learn, epoch),leaving_autocast(learn): run.fit(learn)
         record = finish(now(), *(getattr(rec, k) for k in RECORDED))
     else: record = finish(state['about'], *(state[k] for k in RECORDED)) # only the record was missing
+    record['kept'] = keep
     if is_main():
         append_record(out/'records.jsonl', record)
         save_run(record, out)
@@ -206,11 +207,12 @@ def run_job(
     with processes() as wait,only_job(out) if is_main() else nullcontext():
         wait() # until the first process has written what is of an earlier job
         path = out/'records.jsonl'
-        records = read_records(path) if path.exists() else []
+        records = read_runs(path) if path.exists() else []
         plan = [(run, *place(run, out, records, resume)) for run in runs]
         wait() # until all have read
         res = []
         for run,name,record,state in plan:
+            if record and record.get('kept') is False and not keep and is_main(): (out/f'{name}.pth').unlink(missing_ok=True) # killed before it was deleted
             print(f"\n{name}" + (': finished before' if record else f": goes on after epoch {state['epoch']} of {state['n_epoch']}" if state else ''))
             res.append(record or train_run(run, name, out, recipe, state, keep))
         if is_main(): (write or report)(out, anew=False)

@@ -9,7 +9,7 @@ __all__ = ['settings', 'groups', 'runs_table', 'mean_std', 'compare', 'summary',
            'save_figure', 'save_plot', 'save_run', 'find_records', 'report']
 
 # %% ../../nbs/23_recipes.report.ipynb #072f73d9
-import json,os
+import html,json,os
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from ..plot import plot_runs,plot_summary
-from .runs import check,read_records,replacing,steps_frame
+from .runs import check,read_runs,replacing,steps_frame
 
 # %% ../../nbs/23_recipes.report.ipynb #58c8592b
 def settings(
@@ -36,9 +36,9 @@ def groups(
         key = json.dumps([r['recipe'], settings(r), r['data']], sort_keys=True)
         res.setdefault(key, []).append(r)
     def label(r):
-        if r.get('preset') and not r['changed']: return r['preset']
+        if r.get('preset') and not r.get('changed'): return r['preset']
         return ', '.join([r['opt'], *(f'{k} {settings(r).get(k)}' for k in varying if k != 'opt')])
-    names = [label(rs[0]) for rs in res.values()]
+    names = [label(rs[0]).replace('$', '') for rs in res.values()] # between two of which matplotlib sees a formula
     return {n if names.count(n)==1 else f"{n} ({rs[0]['run']} …)": rs for n,rs in zip(names, res.values())}
 
 # %% ../../nbs/23_recipes.report.ipynb #b5d86a1a
@@ -91,12 +91,17 @@ def published_text(
     return f"{pub['mean']:.4f}" + (f" ± {pub['std']:.4f}" if pub.get('std') else '') + runs
 
 # %% ../../nbs/23_recipes.report.ipynb #f384a1d5
+def _plain(o):
+    "`o` as text that is nothing but text: no HTML, no column of its own, no code for a terminal"
+    text = ''.join(c if c.isprintable() else ' ' for c in str(o))
+    return html.escape(text, quote=False).replace('|', r'\|')
+
 def markdown_table(
     df:pd.DataFrame, # Any
 ) -> str: # Ends with a newline
     "`df` as a Markdown table, without its index"
-    rows = [list(df.columns), ['---']*len(df.columns), *df.astype(str).values.tolist()]
-    return '\n'.join(f"| {' | '.join(map(str, r))} |" for r in rows) + '\n'
+    rows = [[_plain(c) for c in df.columns], ['---']*len(df.columns), *([_plain(v) for v in r] for r in df.values.tolist())]
+    return '\n'.join(f"| {' | '.join(r)} |" for r in rows) + '\n'
 
 def conditions(
     records:list, # Of runs
@@ -106,9 +111,9 @@ def conditions(
     def data(r): return ', '.join([f"{r['data']['name']}", f"{r['data']['train']:,} training and {r['data']['valid']:,} validation {r['data'].get('unit', 'items')}", *([r['data']['source']] if 'source' in r['data'] else [])])
     def machine(r): return f"{r['device']['name']}, {r['device']['threads']} thread{'s'*(r['device']['threads']>1)}; python {r['versions'].get('python','?')}, torch {r['versions']['torch']}, fastai {r['versions']['fastai']}"
     sources = dict.fromkeys(f"{p['mean']:.4f}: {p['source']}" for r in records if (p := r.get('published')) and p.get('source'))
-    res = [f'Data: {each(data)}.', f'Machine: {each(machine)}.']
+    res = [f'Data: {_plain(each(data))}.', f'Machine: {_plain(each(machine))}.']
     if any(r.get('published') for r in records): res.append(
-        'A difference is measured in its standard error (Welch: the root of the sum of the variances of both means). Published: ' + '; '.join(sources) + '.')
+        'A difference is measured in its standard error (Welch: the root of the sum of the variances of both means). Published: ' + _plain('; '.join(sources)) + '.')
     return res
 
 # %% ../../nbs/23_recipes.report.ipynb #ebbc2cc7
@@ -143,7 +148,7 @@ def find_records(
 ) -> dict: # Folder → its records
     "The records below `folder`; an `OptionError` if there are none"
     check(os.path.isdir(folder), f'--report {folder}: no such folder')
-    found = {p.parent: rs for p in sorted(Path(folder).rglob('records.jsonl')) if (rs := [r for r in read_records(p) if 'epochs' in r])}
+    found = {p.parent: rs for p in sorted(Path(folder).rglob('records.jsonl')) if (rs := read_runs(p))}
     check(found, f'--report {folder}: no records.jsonl with finished runs in it or below')
     return found
 

@@ -7,19 +7,20 @@ A recipe trains a few models and has to leave evidence behind. Each run becomes 
 # %% auto #0
 __all__ = ['OPTS', 'SCHEDS', 'RANGES', 'opt_func', 'fit_step', 'RecipeError', 'OptionError', 'is_main', 'usage', 'check',
            'check_choice', 'check_ranges', 'names', 'numbers', 'check_out', 'RunRecorder', 'cpu_name', 'environment',
-           'rectifier_summary', 'steps_frame', 'cannot_write', 'sync_folder', 'replacing', 'append_record',
-           'read_records', 'torch_threads', 'terminal_bars']
+           'rectifier_summary', 'steps_frame', 'cannot_write', 'force', 'sync_folder', 'replacing', 'append_record',
+           'read_records', 'wrong_form', 'wrong_run', 'read_runs', 'torch_threads', 'terminal_bars']
 
 # %% ../../nbs/20_recipes.runs.ipynb #5804f8b5
 import warnings
 warnings.filterwarnings('ignore', '`torch.jit.script`', FutureWarning)
 
 # %% ../../nbs/20_recipes.runs.ipynb #6e350361
-import json,os,platform,sys,time
+import errno,json,math,os,platform,sys,time
 from contextlib import contextmanager,suppress
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
+from numbers import Real
+from pathlib import Path,PureWindowsPath
 
 import numpy as np
 import pandas as pd
@@ -204,8 +205,8 @@ def steps_frame(
     record:dict, # A record with `steps`, by column, and `hypers`
 ) -> pd.DataFrame: # One row per step: `step`, `loss`, `rho`, `rect`, `adaptive`, `lr`, `effective_lr`, `mom` (if recorded), `sqr_mom`
     "The steps of a run as a table; ρ and r_t are NaN where nothing is rectified"
-    s,sqr_mom,rectifies = record['steps'],record['hypers'][-1]['sqr_mom'],record['rectifier'] is not None
-    df = pd.DataFrame({'step': s['step'], 'loss': s['loss'], 'rho': [rho(t, sqr_mom) if rectifies else np.nan for t in s['step']],
+    s,sqr_mom,rectifies = record['steps'],record['hypers'][-1]['sqr_mom'],record.get('rectifier') is not None
+    df = pd.DataFrame({'step': s['step'], 'loss': np.array(s['loss'], dtype=float), 'rho': [rho(t, sqr_mom) if rectifies else np.nan for t in s['step']],
                        'rect': np.array(s['rect'], dtype=float), 'adaptive': s.get('adaptive', [not rectifies or r is not None for r in s['rect']]), # older records have no such column
                       
                        'lr': s['lr'], 'effective_lr': s['effective_lr'], 'sqr_mom': sqr_mom})
@@ -220,13 +221,23 @@ def cannot_write(
     "Why `path` could not be written, in one line"
     return RecipeError(f"could not write {path}: {getattr(e, 'strerror', None) or e}; what was written before is whole")
 
+_cannot_sync = errno.EINVAL,errno.ENOTSUP,errno.EOPNOTSUPP,errno.ENOSYS # what network file systems answer, for folders above all
+
+def force(
+    fd:int, # Of an open file or folder
+):
+    "Force what was written to disk, where the file system can"
+    try: os.fsync(fd)
+    except OSError as e:
+        if e.errno not in _cannot_sync: raise
+
 def sync_folder(
     path:Path, # Folder
 ):
     "Force the names in `path` to disk, where the system can"
-    if os.name != 'posix': return
+    if os.name != 'posix' or not os.access(path, os.R_OK): return
     fd = os.open(path, os.O_RDONLY)
-    try: os.fsync(fd)
+    try: force(fd)
     finally: os.close(fd)
 
 # %% ../../nbs/20_recipes.runs.ipynb #0c7877be
@@ -238,14 +249,32 @@ def replacing(
     path = Path(path)
     tmp = path.with_name(f'.tmp-{path.name}')
     try:
+        tmp.unlink(missing_ok=True) # it may be a link to a file elsewhere
         yield tmp
-        with open(tmp, 'r+b') as f: os.fsync(f.fileno())
+        with open(tmp, 'r+b') as f: force(f.fileno())
         os.replace(tmp, path)
         sync_folder(path.parent)
     except BaseException as e:
         with suppress(OSError): tmp.unlink(missing_ok=True) # the cause is `e`
         if isinstance(e, OSError): raise cannot_write(path, e) from e
         raise
+
+# %% ../../nbs/20_recipes.runs.ipynb #fb430d81
+_not_finite = {'NaN':math.nan, 'Infinity':math.inf, '-Infinity':-math.inf}
+
+def _each(f, o):
+    "`o` with `f` of every value in its dicts and lists"
+    if isinstance(o, dict): return {k: _each(f, v) for k,v in o.items()}
+    return [_each(f, v) for v in o] if isinstance(o, (list,tuple)) else f(o)
+
+def _named(record):
+    "`record` with names for the numbers that JSON does not have"
+    def name(v): return v if not isinstance(v, float) or math.isfinite(v) else 'NaN' if v != v else 'Infinity' if v > 0 else '-Infinity'
+    return _each(name, record)
+
+def _unnamed(record):
+    "`record` with the numbers that `_named` gave names"
+    return _each(lambda v: _not_finite.get(v, v) if isinstance(v, str) else v, record)
 
 # %% ../../nbs/20_recipes.runs.ipynb #f8e87b69
 def append_record(
@@ -254,7 +283,7 @@ def append_record(
 ):
     "Add `record` to the end of `path` and force it to disk"
     path = Path(path)
-    data = json.dumps(record, default=str).encode() + b'\n'
+    data = json.dumps(_named(record), default=str, allow_nan=False).encode() + b'\n'
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, 'a+b', buffering=0) as f:
@@ -262,7 +291,7 @@ def append_record(
             if size and (f.seek(-1, os.SEEK_END), f.read(1))[1] != b'\n': data = b'\n' + data
             try:
                 while data: data = data[f.write(data):]
-                os.fsync(f.fileno())
+                force(f.fileno())
             except OSError:
                 with suppress(OSError): f.truncate(size)
                 raise
@@ -272,15 +301,70 @@ def append_record(
 def read_records(
     path:Path, # File of records (JSON lines)
 ) -> list: # dicts, oldest first
-    "Every whole record in `path`; a line that a crash cut short is skipped with a warning"
+    "Every whole record in `path`; a line that is none (a crash cut it short) is skipped with a warning"
+    try: lines = Path(path).read_bytes().split(b'\n')
+    except OSError as e: raise RecipeError(f'could not read {path}: {e.strerror}') from e
     records = []
-    for i,line in enumerate(Path(path).read_bytes().split(b'\n'), 1):
+    for i,line in enumerate(lines, 1):
         if not line.strip(): continue
-        try: record = json.loads(line)
-        except ValueError: record = None
+        try: record = _unnamed(json.loads(line))
+        except (ValueError, RecursionError): record = None
         if isinstance(record, dict): records.append(record)
         else: warnings.warn(f'{path}: line {i} is not a whole record, skipped')
     return records
+
+# %% ../../nbs/20_recipes.runs.ipynb #bf365948
+def wrong_form(
+    o, # Anything
+    form:dict, # Key → type, or several
+) -> str|None: # What is wrong, such as `it has no epoch`
+    "What keeps `o` from being a dict of the `form`, or `None`"
+    if not isinstance(o, dict): return f'it holds a {type(o).__name__}'
+    for k,kind in form.items():
+        if k not in o: return f'it has no {k}'
+        if not isinstance(o[k], kind): return f'its {k} is a {type(o[k]).__name__}'
+
+def _is_text(s): return s.isprintable() and '$' not in s # between two of which matplotlib sees a formula
+
+def _is_table(columns, kinds):
+    "Whether `columns` are lists of equal length, of values of these `kinds`"
+    sound = all(isinstance(c, list) and all(isinstance(v, kinds) and not (type(v) is int and abs(v) >= 2**63) for v in c) for c in columns)
+    return sound and len({len(c) for c in columns}) < 2
+
+# %% ../../nbs/20_recipes.runs.ipynb #fce77320
+_run = dict(run=str, recipe=str, opt=str, seed=int, options=dict, data=dict, secs=Real, versions=dict, device=dict, epochs=list)
+_parts = dict(data=dict(name=str, train=int, valid=int), device=dict(name=str, threads=int), versions=dict(torch=str, fastai=str))
+_epoch = dict(epoch=int, step=int, train_secs=Real, secs=Real)
+_step = dict(step=list, loss=list, lr=list, effective_lr=list, rect=list)
+
+def wrong_run(
+    r:dict, # A record
+) -> str|None: # What is wrong, such as `it has no opt`
+    "What keeps `r` from being the record of a run, or `None`"
+    if wrong := wrong_form(r, _run) or next((f'of its {k}, {w}' for k,form in _parts.items() if (w := wrong_form(r[k], form))), None): return wrong
+    name,epochs,steps,hypers = r['run'],r['epochs'],r.get('steps', {}),r.get('hypers')
+    if not name or PureWindowsPath(name).name != name or name.startswith('.') or not _is_text(name): return f'its run {name!r} is no plain file name'
+    if not _is_text(r['opt']): return 'its opt is no name'
+    if not epochs: return 'it has no epochs'
+    if wrong := next((w for e in epochs if (w := wrong_form(e, _epoch))), None): return f'of its epochs, {wrong}'
+    if not _is_table([[*e.values()] for e in epochs], (Real,type(None))): return 'its epochs are no table of numbers'
+    if not isinstance(steps, dict) or not _is_table(steps.values(), (Real,type(None))): return 'its steps are no table of numbers'
+    if 'step' in steps and (wrong := wrong_form(steps, _step)): return f'of its steps, {wrong}'
+    if 'step' in steps and not (isinstance(hypers, list) and hypers and not wrong_form(hypers[-1], dict(sqr_mom=Real))): return 'it has no sqr_mom'
+    pub = r.get('published')
+    if pub and (wrong := wrong_form(pub, dict(metric=str, mean=Real)) or pub['metric'] not in epochs[-1] and f"no epoch has its {pub['metric']}"): return f'of its published, {wrong}'
+
+# %% ../../nbs/20_recipes.runs.ipynb #604e5b8e
+def read_runs(
+    path:Path, # File of records (JSON lines)
+) -> list: # dicts, oldest first; other records than those of runs are not among them
+    "The records of runs in `path`; one that cannot be used is skipped with a warning"
+    runs = []
+    for r in read_records(path):
+        if 'epochs' not in r: continue
+        if wrong := wrong_run(r): warnings.warn(f'{path}: a record is not of a run ({wrong}), skipped')
+        else: runs.append({**r, 'epochs': [{k: math.nan if v is None else v for k,v in e.items()} for e in r['epochs']]})
+    return runs
 
 # %% ../../nbs/20_recipes.runs.ipynb #125ddec5
 @contextmanager
