@@ -12,32 +12,41 @@ from .runs import check,check_choice
 
 # %% ../../nbs/27_recipes.presets.ipynb #51a59183
 COMMON = dict(
+    split='v2', # Imagenette's training and validation images
     arch='xresnet50', act_fn='ReLU', pool='AvgPool', sa=False, sym=False, # network
     size=128, aug='crop', norm=True, sh=0., mixup=0., # images
     epochs=5, bs=64, smooth=.1, sched='flat_cos', pct_start=.5, div=10., # training
     opt='radam', lr=1e-2, mom=.9, sqrmom=.99, eps=1e-6, wd=1e-2, beta=0., # optimizer
-    fp16=True, bf16=False) # precision, on a GPU
+    fp16=True, bf16=False) # precision; fp16 on a GPU only
 
 # %% ../../nbs/27_recipes.presets.ipynb #66c76396
-_over9000 = dict(runs=20, source='https://github.com/mgrankin/over9000')
+_notebook = 'https://github.com/mgrankin/over9000/blob/{}/Imagenette_128_5_epoch-bs64.ipynb'
+_over9000_v1,_over9000 = (dict(runs=20, source=_notebook.format(commit)) for commit in ('10552a2','bcc65f8'))
+_adam = dict(opt='adam', lr=3e-3, sched='one_cycle', pct_start=.3)
+_article = dict(runs=1, source='https://medium.com/@lessw/new-state-of-the-art-ai-optimizer-rectified-adam-radam-5d854730807b')
 _2020_01 = dict(arch='xse_resnext50', act_fn='Mish', pool='MaxPool', sa=True, norm=False, pct_start=.75, opt='ranger', lr=8e-3, mom=.95)
 _2020_10 = dict(_2020_01, pool='MaxBlurPool', aug='resize', bs=32, wd=1e-4)
 
 PRESETS = { # name: (what it changes in COMMON, published figure)
     'radam': (dict(act_fn='Mish', pool='MaxPool', sa=True, aug='resize', bs=32, wd=1e-4, lr=8e-3), None),
-    'over9000-adam': (dict(opt='adam', lr=3e-3, sched='one_cycle', pct_start=.3), dict(_over9000, mean=.7784, std=.0054)),
+    'over9000-adam': (_adam, dict(_over9000, mean=.7784, std=.0054)),
     'over9000-radam': ({}, dict(_over9000, mean=.7696, std=.0084)),
     'over9000-ranger': (dict(opt='ranger'), dict(_over9000, mean=.7844, std=.0056)),
     'fastai-2020-01': (_2020_01, dict(mean=.8471, runs=1, source='https://github.com/fastai/imagenette/blob/master/2020-01-train.md')),
     'leaderboard-2020-10': (_2020_10, dict(mean=.8743, runs=5, source='https://radekosmulski.com/how-to-reach-the-top-of-the-imagenette-leaderboard/')),
-    'article': (dict(lr=3e-3, sched='one_cycle', pct_start=.3), dict(mean=.86, unlike='first split of the images, unpublished schedule',
-                source='https://medium.com/@lessw/new-state-of-the-art-ai-optimizer-rectified-adam-radam-5d854730807b'))}
+    'article': (dict(split='v1'), dict(_article, mean=.86)),
+    'article-record': (dict(_adam, split='v1'), dict(_article, mean=.846)),
+    'over9000-v1-adam': (dict(_adam, split='v1'), dict(_over9000_v1, mean=.8494, std=.0087)),
+    'over9000-v1-radam': (dict(split='v1'), dict(_over9000_v1, mean=.8444, std=.0090)),
+    'over9000-v1-ranger': (dict(split='v1', opt='ranger'), dict(_over9000_v1, mean=.8594, std=.0077)),
+    'ranger-mish-2019-09': (dict(split='v1', act_fn='Mish', sa=True, opt='ranger', lr=4e-3, mom=.95, pct_start=.72),
+                            dict(mean=.8948, source='https://github.com/fastai/imagenette'))}
 
 # %% ../../nbs/27_recipes.presets.ipynb #d6e2331b
 def resolve(
     preset:str, # A key of `PRESETS`
     given:dict, # Options that were given, which take the place of the preset's
-) -> tuple[dict, list[str]]: # The value of each key of `COMMON`; the options that differ from the preset's
+) -> tuple[dict, list[str]]: # The value of each key of `COMMON`; the options, but for the precision, that differ from the preset's
     "What is to be trained; an `OptionError` for options that contradict each other"
     check_choice('preset', preset, PRESETS)
     theirs = {**COMMON, **PRESETS[preset][0]}
@@ -48,7 +57,7 @@ def resolve(
     check(not (given.get('fp16') and given.get('bf16')), "--fp16 and --bf16: choose one of them")
     if given.get('bf16'): res['fp16'] = False
     if given.get('fp16'): res['bf16'] = False
-    return res,[k for k in COMMON if res[k] != theirs[k]]
+    return res,[k for k in COMMON if res[k] != theirs[k] and k not in ('fp16','bf16')]
 
 def published(
     preset:str, # A key of `PRESETS`
