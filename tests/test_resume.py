@@ -233,7 +233,8 @@ def test_other_options_are_named(part, change, says, finished):
 
 def test_without_resume_nothing_is_touched(part):
     before = (part/'radam-0.pth').read_bytes()
-    r, = one(part)
+    with pytest.raises(OptionError, match='radam-0 is not finished there; --resume goes on with this job, --anew begins'): one(part)
+    r, = one(part, anew=True)
     assert r['run'] == 'radam-0-2' and (part/'radam-0.pth').read_bytes() == before
     assert one(part)[0]['run'] == 'radam-0-3'
     assert [r['run'] for r in read_records(part/'records.jsonl')] == ['radam-0-2','radam-0-3'] and (part/'radam-0-2.csv').exists()
@@ -288,8 +289,8 @@ def test_checkpoint_that_does_not_fit(part, what, change):
 
 def test_one_job_at_a_time(part):
     with FileLock(part/'.lock'):
-        with pytest.raises(OptionError, match='another job is writing there'): one(part)
-    one(part) # free again
+        with pytest.raises(OptionError, match='another job is writing there'): one(part, resume=True)
+    one(part, resume=True) # free again
 
 def test_one_of_many_that_start_at_once(tmp_path):
     "Into one folder: each does its own whole run, or is told to wait; no record is lost or mixed"

@@ -91,7 +91,7 @@ def one_run(opt, out, cbs=None, fit=lambda l: l.fit_one_cycle(1, 1e-3)):
     return r,kept[0]
 
 factors = {'radam':lambda t: rectification(t, .99), 'ranger':lambda t: rectification(t, .99), 'adam':lambda t: 1.,
-    'adam-linear':lambda t: min(1, t/200), 'adam-exponential':lambda t: 1-math.exp(-.01*t)}
+    'adam-linear':lambda t: min(1, t/200), 'adam-exponential':lambda t: 1-math.exp(-.01*t), 'sgd':lambda t: None}
 
 @pytest.mark.parametrize('opt', OPTS)
 def test_steps_and_epochs(opt, tmp_path):
