@@ -1,8 +1,8 @@
 """# radam_fastai
 
-> RAdam for fastai: a drop-in optimizer at the speed of a fused kernel, checked number by number against the paper, fastai, PyTorch and the authors' rule
+> RAdam for fastai: a drop-in optimizer as fast as PyTorch's fused AdamW, callbacks that show what it does to your learning rate, and recipes that reproduce the runs that made it known
 
-Rectified Adam (RAdam) is Adam with a built-in warm-up: while Adam's second moment rests on too few gradients to be trusted, RAdam takes momentum steps, then lets the adaptive learning rate in by a factor that follows from β2 alone. This package brings it to fastai v2 as a plugin: the same arguments, states and numbers as `fastai.optimizer.RAdam`, a fraction of its time, and the knobs that tell one implementation from another.
+Rectified Adam ([Liu et al., ICLR 2020](https://arxiv.org/abs/1908.03265)) is Adam with a built-in warm-up. Adam's first updates divide by an average of very few squared gradients. RAdam takes momentum steps until that average means something, then phases the adaptive learning rate in, by a factor $r_t$ that follows from β2 alone.
 
 Modules:
 

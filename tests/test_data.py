@@ -9,7 +9,7 @@ from fastai.torch_core import set_seed
 
 from radam_fastai.recipes import data, imagenette
 from radam_fastai.recipes.data import balanced, check_sum, digest, from_archives, split_files, unpack
-from radam_fastai.recipes.runs import RecipeError
+from radam_fastai.recipes.runs import RecipeError, read_records
 from test_resume import ended, in_child
 
 def tar(path, **members):
@@ -150,6 +150,42 @@ def test_balanced_subset(images):
     assert [count['val',f'n{c:02}'] for c in range(10)] == [round((3+c%2)*42/65) for c in range(10)]
     assert (tr,va) == balanced(*split_files(images), 42, 3) != balanced(*split_files(images), 42, 4)
     assert [len(o) for o in balanced(*split_files(images))] == [65, 35]
+
+@pytest.fixture
+def named(images, tmp_path):
+    "Images under ImageNet's names, those of its validation set in both folders"
+    some,rng = sorted(images.rglob('*.jpg')),random.Random(0)
+    for c in range(10):
+        names = [f'ILSVRC2012_val_{c:03}{i:05}.JPEG' for i in range(50)] + [f'n{c:08}_{i}.JPEG' for i in range(6)]
+        for name in names:
+            d = tmp_path/'named'/rng.choice(['train','val'])/f'n{c:08}'
+            d.mkdir(parents=True, exist_ok=True)
+            shutil.copy(some[c], d/name)
+    return tmp_path/'named'
+
+def test_first_split(cli, tiny, named, tmp_path, monkeypatch):
+    "ImageNet's validation images are held out, wherever they lie; the record says so, and another split is another run"
+    monkeypatch.setitem(imagenette.OFFICIAL, 'imagenette2', (500, 60))
+    train,valid = imagenette.first_split(*split_files(named), 560)
+    assert {f.name for fs in valid.values() for f in fs} == {f.name for f in named.rglob('ILSVRC*')}
+    assert {f.name for fs in train.values() for f in fs} == {f.name for f in named.rglob('n0*.JPEG')}
+    args = ['--path', named, *'--arch xresnet18 --size 32 --bs 16 --epochs 1 --workers 0 --preset article --resume --out'.split(), tmp_path/'out']
+    assert cli('imagenette', *args)[0] == 0
+    data = read_records(tmp_path/'out'/'records.jsonl')[0]['data']
+    assert (data['split'], data['train'], data['valid']) == ('v1', 60, 500)
+    status,_,err = cli('imagenette', *args, '--split', 'v2')
+    assert status == 2 and 'data with split v1, not v2' in err
+
+@pytest.mark.parametrize('what', ['one is missing', 'another name'])
+def test_first_split_needs_all_images(named, what):
+    f = next(named.rglob('ILSVRC*'))
+    f.unlink() if what == 'one is missing' else f.rename(f.with_name('n1_77.JPEG'))
+    with pytest.raises(RecipeError, match='--split v1: .* 499 of them'): imagenette.first_split(*split_files(named))
+
+@pytest.mark.data
+def test_first_split_of_the_archives(data_path):
+    train,valid = imagenette.first_split(*split_files(imagenette.find_images(data_path)[0]), 13394)
+    assert (sum(map(len, train.values())), sum(map(len, valid.values()))) == (12894, 500)
 
 def batches(images, seed, workers, aug='crop'):
     set_seed(seed)

@@ -9,13 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fastai.basics import Callback, CancelStepException, DataLoaders, L, Learner, OptimWrapper, load_learner, noop, params, trainable_params
-from fastai.callback.all import (AMPMode, ChannelsLast, GradientAccumulation, GradientClip, MixedPrecision, ParamScheduler, ProgressCallback,
+from fastai.callback.all import (AMPMode, ChannelsLast, GradientAccumulation, GradientClip, ParamScheduler, ProgressCallback,
     ReduceLROnPlateau, SaveModelCallback, SchedLin, TerminateOnNaNCallback, combined_cos)
 from torch import nn
-from torch.amp import GradScaler, autocast
 
 from radam_fastai import torch_optim
 from radam_fastai.optimizer import RAdam, RAdamFn, Ranger, RangerFn
+from radam_fastai.recipes.precision import DevicePrecision
 from radam_fastai.torch_optim import RAdamWrapper
 
 # --- the contestants
@@ -376,15 +376,7 @@ def test_cancelled_step_is_not_a_step(pair):
     assert steps(learn) == [12]*5
     assert_skipped(get_history(pair[0], At('before_step', cancel_step, skipped)), skipped)
 
-class CPUMixedPrecision(MixedPrecision):
-    "fastai's mixed precision, on the CPU"
-    def before_fit(self):
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore') # it looks for a GPU first
-            super().before_fit()
-        bf16 = self.amp_mode == AMPMode.BF16
-        self.autocast = autocast('cpu', dtype=torch.bfloat16 if bf16 else torch.float16)
-        self.learn.scaler = GradScaler('cpu', init_scale=256., enabled=not bf16)
+CPUMixedPrecision = partial(DevicePrecision, init_scale=256.)
 
 def overflow(learn): learn.model[1][1].weight.grad[0,0] = math.inf
 

@@ -8,8 +8,8 @@ from fastai.layers import AvgPool
 from PIL import Image
 
 from radam_fastai import __version__
-from radam_fastai.recipes import demo, experiment, imagenette, jobs
-from radam_fastai.recipes.presets import COMMON, PRESETS, resolve
+from radam_fastai.recipes import demo, experiment, imagenette, jobs, precision
+from radam_fastai.recipes.presets import COMMON, PRESETS, published, resolve
 from radam_fastai.recipes.report import report, terminal_table
 from radam_fastai.recipes.runs import OptionError, RecipeError, read_records
 
@@ -72,24 +72,48 @@ def built(*args, **kw):
 @pytest.mark.parametrize('preset', PRESETS)
 def test_presets_are_what_was_published(monkeypatch, images, preset, tmp_path):
     o,_ = resolve(preset, {})
-    run,learn = built(monkeypatch, images, preset=preset, out=tmp_path)
+    run,learn = built(monkeypatch, images, preset=preset, split='v2', out=tmp_path) # these images cannot be split as in v1
     learn.create_opt()
     h = learn.opt.hypers[0]
     assert (h['mom'], h['sqr_mom'], h['eps'], h['wd']) == (o['mom'], .99, 1e-6, o['wd'])
-    opts = {'radam':'RAdam', 'article':'RAdam', 'over9000-adam':'Adam', 'over9000-radam':'RAdam'}
-    assert type(learn.opt).__name__ == opts.get(preset, 'Ranger')
+    opts = {'article-record':'Adam', 'article':'RAdam'} | {p: p.split('-')[-1] for p in PRESETS if 'radam' in p or 'adam' in p}
+    assert type(learn.opt).__name__.lower() == opts.get(preset, 'Ranger').lower()
     mish = any(isinstance(m, torch.nn.Mish) for m in learn.model.modules())
     attention = any(type(m).__name__ == 'SimpleSelfAttention' for m in learn.model.modules())
     blurs = sum(type(m).__name__ == 'BlurPool2d' for m in learn.model.modules())
-    newer = preset in ('radam','fastai-2020-01','leaderboard-2020-10')
+    newer = preset in ('radam','fastai-2020-01','leaderboard-2020-10','ranger-mish-2019-09')
     assert (mish, attention) == (newer, newer) and blurs == (4 if preset == 'leaderboard-2020-10' else 0)
     normed = any(type(t).__name__ == 'Normalize' for t in learn.dls.train.after_batch.fs)
     crop = any(type(t).__name__ == 'RandomResizedCrop' for t in learn.dls.train.after_item.fs)
     assert normed == (preset not in ('fastai-2020-01','leaderboard-2020-10')) and crop == (preset not in ('radam','leaderboard-2020-10'))
     assert learn.dls.bs == (32 if preset in ('radam','leaderboard-2020-10') else 64) and run.options['size'] == 128
-    assert (run.about['published'] or {}).get('mean') == {'article':.86, 'over9000-adam':.7784, 'over9000-radam':.7696, 'over9000-ranger':.7844, 'fastai-2020-01':.8471,
-                                                         'leaderboard-2020-10':.8743}.get(preset)
     assert run.options['fp16'] is torch.cuda.is_available() # without a GPU in single precision, and the record says so
+
+V1 = {'article':.86, 'article-record':.846, 'over9000-v1-adam':.8494, 'over9000-v1-radam':.8444, 'over9000-v1-ranger':.8594, 'ranger-mish-2019-09':.8948}
+V2 = {'over9000-adam':.7784, 'over9000-radam':.7696, 'over9000-ranger':.7844, 'fastai-2020-01':.8471, 'leaderboard-2020-10':.8743}
+
+def test_published_figures_stand_with_their_split():
+    for split,figures in dict(v1=V1, v2=V2).items():
+        assert {p: published(p)['mean'] for p in PRESETS if resolve(p, {})[0]['split'] == split and published(p)} == figures
+        assert all(published(p)['source'].startswith('https://') for p in figures)
+    assert not published('radam')
+
+def test_bf16_does_not_change_what_a_run_is(monkeypatch, images, tmp_path):
+    run = asked(monkeypatch, images, preset='over9000-radam', out=tmp_path, bf16=True)
+    assert run.about['published']['mean'] == .7696 and (run.options['bf16'], run.options['fp16']) == (True, False)
+
+@pytest.mark.filterwarnings('ignore:this cpu has no instructions')
+def test_fast_takes_what_the_machine_has(cli, monkeypatch, images, tmp_path, capsys):
+    for has,given,bf16 in [(True, {}, True), (False, {}, False), (True, dict(bf16=False), False), (False, dict(bf16=True), True)]: # asked for, so kept
+        monkeypatch.setattr(precision, 'has_bf16', lambda device: has)
+        run = asked(monkeypatch, images, preset='over9000-radam', out=tmp_path, fast=True, **given)
+        assert {k: run.options[k] for k in ('channels_last','bf16','fp16','compile')} == dict(channels_last=True, bf16=bf16, fp16=False, compile=False)
+        assert '--fast: channels-last' in capsys.readouterr().out
+    assert asked(monkeypatch, images, preset='radam', out=tmp_path, fast=True).options['compile'] # Mish is many small operations
+
+def test_bf16_that_is_imitated_is_said(monkeypatch, images, tmp_path):
+    monkeypatch.setattr(precision, 'has_bf16', lambda device: False)
+    with pytest.warns(UserWarning, match='no instructions for bfloat16'): asked(monkeypatch, images, out=tmp_path, bf16=True)
 
 def test_published_figure_is_only_for_what_was_published(monkeypatch, images, tmp_path):
     def pub(**kw): return asked(monkeypatch, images, preset='over9000-radam', out=tmp_path, **kw).about['published']
@@ -149,7 +173,7 @@ def test_dump(cli, images):
 def test_help(cli):
     _,out,_ = cli('imagenette', '--help')
     for o in [*COMMON, 'preset','path','seed','workers','out','resume','n_items','compile','channels_last','woof','runs','dump','report','keep']: assert f"--{o.replace('_', '-')}" in out
-    assert all(p in ' '.join(out.split()) for p in PRESETS)
+    assert all(p in ''.join(out.split()) for p in PRESETS) # argparse may break a line after a dash
 
 # Options that cannot be used
 
@@ -159,8 +183,8 @@ bad_imagenette = {'--preset best':'over9000-radam', '--arch resnet50':'xse_resne
     '--bs 66':'at most 65', '--bs 32 --n-items 30':'at most 30', '--epochs 0':'1 to 1000', '--lr -1':'--lr', '--mom 1':'--mom', '--sqrmom 1':'--sqrmom', '--eps -1':'--eps',
     '--wd -1':'--wd', '--smooth 1':'--smooth', '--mixup -1':'--mixup', '--sh 2':'--sh', '--beta -1':'--beta', '--pct-start 1':'--pct-start', '--n-items 9':'10 to 60', '--n-items 61':'10 to 60',
     '--runs 0':'--runs', '--workers -1':'--workers', '--seed -1':'--seed', '--div 3':'flat_cos has none', '--sa 0 --sym 1':'--sym',
-    '--fp16 1 --bf16 1':'choose one', '--fp16 1':'need a GPU', '--bf16 1':'need a GPU', '--sched one_cycle --div 0':'--div', '--sched step --pct-start .5':'step has none'}
-if torch.cuda.is_available(): bad_imagenette = {k: v for k,v in bad_imagenette.items() if v != 'need a GPU'}
+    '--fp16 1 --bf16 1':'choose one', '--fp16 1':'needs a GPU', '--split v3':'v1, v2', '--split v1':"ImageNet's names", '--sched one_cycle --div 0':'--div', '--sched step --pct-start .5':'step has none'}
+if torch.cuda.is_available(): bad_imagenette = {k: v for k,v in bad_imagenette.items() if v != 'needs a GPU'}
 
 def refuses(result, name, about):
     "One line on stderr, about the right thing, and exit status 2"

@@ -58,7 +58,7 @@ def stopped_at(monkeypatch, batch):
     get = imagenette.get_learner
     monkeypatch.setattr(imagenette, 'get_learner', lambda *a: get(*a).add_cb(Stop(batch)))
 
-variants = dict(radam=dict(sched='one_cycle'), ranger=dict(opt='ranger', channels_last=True, n_items=40, bs=8),
+variants = dict(radam=dict(sched='one_cycle'), bf16=dict(bf16=True, channels_last=True), ranger=dict(opt='ranger', channels_last=True, n_items=40, bs=8),
     adam=dict(opt='adam', mixup=.4, sh=.3, sa=True, act_fn='Mish', workers=2, aug='resize'))
 
 @pytest.mark.parametrize('variant', variants)

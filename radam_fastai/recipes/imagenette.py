@@ -209,7 +209,7 @@ def get_runs(
 # %% ../../nbs/28_recipes.imagenette.ipynb #5194b249
 @command
 def main(
-    preset:str='radam', # radam, article[-record], over9000[-v1]-adam|radam|ranger, ranger-mish-2019-09, fastai-2020-01 or leaderboard-2020-10
+    preset:str='radam', # radam, over9000-adam, over9000-radam, over9000-ranger, fastai-2020-01, leaderboard-2020-10, article, article-record, over9000-v1-adam, over9000-v1-radam, over9000-v1-ranger or ranger-mish-2019-09
     path:Path=None, # Folder that holds `train` and `val`, or archives of them; downloaded if not given
     woof:Flag=False, # Imagewoof instead of Imagenette
     split:str=None, # v1 (500 validation images, until December 2019) or v2 (3,925)
