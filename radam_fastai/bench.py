@@ -18,7 +18,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Callable, Iterable, NamedTuple
 
-from .recipes.runs import append_record, check, check_choice, check_out, check_ranges, cpu_name, names, torch_threads, usage
+from .recipes.report import terminal_table
+from .recipes.runs import append_record, check, check_choice, check_out, check_ranges, command, cpu_name, names, torch_threads
 
 import numpy as np
 import pandas as pd
@@ -27,7 +28,6 @@ from fastai.text.models.awdlstm import AWD_LSTM
 from fastai.text.models.core import get_language_model
 from fastai.vision.models.xresnet import xresnet18, xresnet50
 from fastcore.foundation import L
-from fastcore.script import call_parse
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -291,7 +291,7 @@ def show(
 ):
     "Print the table, save the figure, and say where everything is"
     fig.savefig(o.out/f'{o.what}.png', dpi=100)
-    print(df[list(titles)].rename(columns=titles).to_string(index=False, float_format=f'{{:.{digits}f}}'.format))
+    print(terminal_table(df[list(titles)].rename(columns=titles), digits))
     print(*(o.out/f for f in ('records.jsonl', f'{o.what}.csv', f'{o.what}.png')), sep='\n')
 
 # %% ../nbs/30_bench.ipynb #a18cc427
@@ -313,7 +313,7 @@ def bench_step(
 # %% ../nbs/30_bench.ipynb #fc533eb9
 BENCHES['step'] = Bench(bench_step, MODELS, OPTIMS, dict(models='all', rounds=25, warmup=10), least_warmup=10) # RAdam's rectifier must be on
 
-@call_parse(pos=['what'])
+@command(pos=['what'])
 def main(
     what:str='step', # What to time: step (of optimizers), callback (in a training step) or train (a training step and its parts)
     models:str=None, # Models, separated by commas; step: xresnet18, xresnet50, awd_lstm, small (all); callback, train: xresnet18, xresnet50 (xresnet18, xresnet50)
@@ -326,7 +326,7 @@ def main(
     out:Path=Path('runs/bench'), # Folder for records.jsonl, and a table and a picture of the latest run
 ):
     "Time one thing beside others, in turn, on one machine"
-    with usage(main, dict(locals())): o = check_options(what, models, optims, rounds, warmup, threads, device, seed, out)
+    o = check_options(what, models, optims, rounds, warmup, threads, device, seed, out)
     with torch_threads(o.threads): return BENCHES[what].run(o)
 
 # %% ../nbs/31_bench_callback.ipynb #9156949d

@@ -1,5 +1,5 @@
 """Data that is missing, damaged or dangerous is named, and never half-used; augmentation depends on the item alone."""
-import hashlib, io, random, shutil, tarfile, time
+import hashlib, io, os, random, shutil, struct, subprocess, sys, tarfile, time, zlib
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -76,6 +76,56 @@ def test_sums(tmp_path):
         check_sum(a)
     (tmp_path/'SHA256SUMS').write_text(f"{hashlib.sha256(b'abd').hexdigest()}  a.tgz\n")
     with pytest.raises(RecipeError, match='a.tgz is damaged'): check_sum(a)
+
+@pytest.mark.parametrize('line', ['{}  a.tgz', '{} *a.tgz', '{}  ./a.tgz', '{} *./a.tgz', '\n\nword\n{}  a.tgz\r', '{}  a b.tgz\n{}  a.tgz', '\xff\n{}\ta.tgz'])
+def test_sums_as_others_write_them(tmp_path, line):
+    (tmp_path/'a.tgz').write_bytes(b'abc')
+    def check(of, case):
+        (tmp_path/'SHA256SUMS').write_bytes(line.format(*[case(hashlib.sha256(of).hexdigest())]*2).encode('latin1'))
+        check_sum(tmp_path/'a.tgz')
+    for case in str.lower,str.upper:
+        check(b'abc', case)
+        with pytest.raises(RecipeError, match='a.tgz is damaged'): check(b'abd', case)
+
+def test_sums_that_are_none(tmp_path):
+    (tmp_path/'a.tgz').write_bytes(b'abc')
+    (tmp_path/'SHA256SUMS').mkdir()
+    check_sum(tmp_path/'a.tgz')
+
+def member(**pax):
+    t = info('x/a.txt')
+    t.pax_headers = pax
+    return t
+
+STRANGE = {'a name with a zero byte': member(path='x/a\0b'), 'a time that is no number': member(mtime='nan'), 'a time without end': member(mtime='1e300')}
+
+@pytest.mark.parametrize('what', [*STRANGE, 'damaged xz'])
+def test_strange_archives(tmp_path, what):
+    "One line that names the archive, and nothing of it is used"
+    if what == 'damaged xz':
+        with tarfile.open(tmp_path/'a.tgz', 'w:xz') as t: t.add(Path(__file__).parent, 'x')
+        b = bytearray((tmp_path/'a.tgz').read_bytes())
+        b[len(b)//2] ^= 255
+        (tmp_path/'a.tgz').write_bytes(b)
+    else:
+        with tarfile.open(tmp_path/'a.tgz', 'w:gz', format=tarfile.PAX_FORMAT) as t: t.addfile(STRANGE[what])
+    with pytest.raises(RecipeError, match='a.tgz could not be unpacked') as e: unpack([tmp_path/'a.tgz'], tmp_path/'data'/'x')
+    assert len(str(e.value).splitlines()) == 1 and list((tmp_path/'data').glob('[!.]*')) == []
+
+def test_no_home(images, tmp_path):
+    "A user without an entry in the list of users, as in many containers: data in a folder are read, an archive needs HOME"
+    code = """import os, pwd, sys
+def nobody(uid): raise KeyError(uid)
+pwd.getpwuid = nobody
+from pathlib import Path
+from radam_fastai.recipes import imagenette
+print(imagenette.find_images(Path(sys.argv[1]))[1])
+try: imagenette.find_images(Path(sys.argv[2]))
+except ValueError as e: print(e)"""
+    tar(tmp_path/'imagenette2-160.tgz', x=images/'train')
+    env = {k: v for k,v in os.environ.items() if k != 'HOME'} | dict(MPLCONFIGDIR=str(tmp_path/'mpl'), PYTHONPATH=str(Path(__file__).resolve().parent.parent))
+    res = subprocess.run([sys.executable, '-c', code, str(images), str(tmp_path)], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert res.stdout.splitlines() == ['a folder', '--path ~/.radam_data: the system knows no folder that ~ stands for; set HOME'], res.stderr
 
 def test_half_an_official_copy_is_noticed(images, monkeypatch):
     monkeypatch.setattr(imagenette, 'download', lambda url: images)
@@ -160,12 +210,17 @@ def test_augmentation_leaves_the_generator_alone(images):
     random.seed(5)
     assert after == random.random()
 
-@pytest.mark.parametrize('damage', ['cut', 'text', 'empty'])
+def short_header():
+    "A PNG whose first chunk is too short: of this, Pillow raises a ValueError"
+    chunk = b'IHDR' + bytes(5)
+    return b'\x89PNG\r\n\x1a\n' + struct.pack('>I', 5) + chunk + struct.pack('>I', zlib.crc32(chunk))
+
+@pytest.mark.parametrize('damage', ['cut', 'text', 'empty', 'header'])
 @pytest.mark.parametrize('workers', [0, 2])
 def test_unreadable_image_is_named(cli, images, tmp_path, damage, workers):
     path = shutil.copytree(images, tmp_path/'images')
     f = path/'val'/'n03'/'1.jpg'
     b = f.read_bytes()
-    f.write_bytes(dict(cut=b[:len(b)//2], text=b'no image', empty=b'')[damage])
+    f.write_bytes(dict(cut=b[:len(b)//2], text=b'no image', empty=b'', header=short_header())[damage])
     status,out,err = cli('imagenette', '--path', path, '--out', tmp_path/'out', '--workers', workers, *'--arch xresnet18 --size 32 --bs 32 --epochs 1'.split())
     assert status == 2 and len(err.splitlines()) == 1 and f'{f} is no image that can be read' in err, err

@@ -1,5 +1,5 @@
 """Two processes train the run that one process trains, the first of them writes, and the death of one ends the job."""
-import os, runpy, subprocess, sys
+import os, runpy, shutil, subprocess, sys
 from pathlib import Path
 
 import pytest, torch
@@ -55,16 +55,20 @@ if mode == 'all':
     kw = dict(path=images, arch='xresnet18', size=32, bs=16, epochs=1, workers=1, out=out/'images', preset='over9000-radam')
     imagenette.main(**kw)
     imagenette.main(**{**kw, 'runs':2}, resume=True)
-print('done', rank)
+(out/f'done-{rank}').touch()
 '''
 
 def launch(tmp_path, images, mode, n=2):
     "What becomes of the script, run by `n` processes"
     (tmp_path/'job.py').write_text(script)
+    return accelerate(tmp_path, tmp_path/f'out{n}', images, mode, n=n)
+
+def accelerate(tmp_path, *args, n=2):
+    "What becomes of `job.py` with these arguments, run by `n` processes"
     launcher = ['-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', str(n), '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no',
                 '--main_process_port', '0']
     env = {**os.environ, 'PYTHONPATH': str(root), 'OMP_NUM_THREADS': '1', 'ACCELERATE_USE_CPU': 'true', 'CUDA_VISIBLE_DEVICES': ''}
-    return subprocess.run([sys.executable, *launcher, str(tmp_path/'job.py'), str(tmp_path/f'out{n}'), str(images), mode], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    return subprocess.run([sys.executable, *launcher, str(tmp_path/'job.py'), *map(str, args)], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=1800)
 
 @pytest.fixture(scope='module')
 def both(tmp_path_factory, images):
@@ -102,7 +106,25 @@ def test_the_first_process_writes_and_prints(both):
     assert out.count('ranger-0\n') == 1 and out.count('xresnet18-radam-42: finished before') == 1
     assert [r['run'] for r in read_records(both[1]/'images'/'records.jsonl')] == ['xresnet18-radam-42','xresnet18-radam-43']
     assert sorted(p.name for p in (both[1]/'digits').iterdir()) == sorted(p.name for p in (both[0]/'digits').iterdir())
-    assert 'done 0' in out and 'done 1' in out
+    assert all((both[1]/f'done-{rank}').exists() for rank in (0, 1))
+
+def test_an_error_of_one_process_is_said_by_it(tmp_path, images):
+    "Of two processes, the second reads the image that is damaged: its line is the one that names the file"
+    path = shutil.copytree(images, tmp_path/'images')
+    for f in path.glob('train/*/*.jpg'): f.write_bytes(b'no image')
+    (tmp_path/'job.py').write_text("""import os, sys, torch
+from pathlib import Path
+from radam_fastai.recipes import data, imagenette
+from radam_fastai.recipes.runs import command
+read = data.TfmdDL.do_item
+def do_item(self, s):
+    if os.environ['RANK'] == '1': return read(self, s)
+    import time; time.sleep(1000) # waits for a process that is no more
+data.TfmdDL.do_item = do_item
+@command
+def main(path:Path=None, out:Path=None): imagenette.main(path=path, arch='xresnet18', size=32, bs=16, epochs=1, workers=0, out=out)""")
+    res = accelerate(tmp_path, '--path', path, '--out', tmp_path/'out')
+    assert res.returncode != 0 and res.stderr.count('is no image that can be read') == 1 and f'job.py: {path}' in res.stderr, res.stderr
 
 @pytest.mark.slow
 def test_the_death_of_a_process_ends_the_job(tmp_path, images):

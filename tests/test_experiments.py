@@ -13,6 +13,7 @@ from radam_fastai.recipes.memory import crop_flip, tensor_dls
 from radam_fastai.recipes.runs import OptionError, RecipeError, append_record, read_records
 from radam_fastai.recipes.sweep import BETTER, CONTENDERS, contender, get_runs, labels, merit_table, near_range, sweep_table
 from radam_fastai.rectify import rho_inf
+from test_data import short_header
 
 # Images in memory
 
@@ -66,9 +67,10 @@ def test_images_are_read_and_normalised(folder):
     assert np.allclose(valid[0][:3,0,0,0].min(), (0-raw.mean())/raw[:,0].std(ddof=1), atol=1e-5) # by the mean of the training images
     assert about['name'] == 'photos' and about['size'] == 4
 
-def test_an_image_that_cannot_be_read(folder):
+@pytest.mark.parametrize('damage', ['cut', 'header'])
+def test_an_image_that_cannot_be_read(folder, damage):
     bad = folder/'train'/'c3'/'2.png'
-    bad.write_bytes(bad.read_bytes()[:30])
+    bad.write_bytes(bad.read_bytes()[:30] if damage == 'cut' else short_header())
     with pytest.raises(RecipeError, match=f'{bad} is no image that can be read'): robustness.load_images(folder, dict(size=4, n_items=None, n_valid=None, bs=10))
 
 def test_image_learners_differ_in_the_optimizer_alone(folder):

@@ -1,13 +1,16 @@
 """The commands: what they leave behind, that options take effect, and that wrong ones are refused before anything is trained."""
-import json, os, subprocess, sys
+import json, os, random, subprocess, sys
+from collections import Counter
 from pathlib import Path
 
-import pytest, torch
+import pandas as pd, pytest, torch
 from fastai.layers import AvgPool
 from PIL import Image
 
-from radam_fastai.recipes import demo, imagenette, precision
+from radam_fastai import __version__
+from radam_fastai.recipes import demo, experiment, imagenette, jobs, precision
 from radam_fastai.recipes.presets import COMMON, PRESETS, published, resolve
+from radam_fastai.recipes.report import report, terminal_table
 from radam_fastai.recipes.runs import OptionError, RecipeError, read_records
 
 root = Path(__file__).resolve().parent.parent
@@ -54,7 +57,7 @@ def test_imagenette(cli, tiny, images, tmp_path, monkeypatch):
 def asked(monkeypatch, images, **kw):
     "The run that options ask for, which is not trained"
     kept = []
-    def run_job(runs, *a):
+    def run_job(runs, *a, **kw):
         kept.extend(runs)
         raise RecipeError('enough')
     monkeypatch.setattr(imagenette, 'run_job', run_job)
@@ -175,7 +178,7 @@ def test_help(cli):
 # Options that cannot be used
 
 bad_demo = {'--epochs 0':'--epochs', '--bs 1':'--bs', '--bs 2000':'--bs', '--lr 0':'1e-08 to 10', '--lr nan':'--lr', '--seed -1':'0 to 2147483648'}
-bad_imagenette = {'--preset best':'over9000-radam', '--arch resnet50':'xse_resnext50', '--opt sgd':'radam, ranger, adam', '--sched cosine':'flat_cos, one_cycle', '--aug mixup':'crop, resize',
+bad_imagenette = {'--preset best':'over9000-radam', '--arch resnet50':'xse_resnext50', '--opt lion':'radam, ranger, adam', '--opt sgd --sqrmom .9':'sgd has none', '--opt sgd --eps 1e-3':'sgd has none', '--sched cosine':'flat_cos, one_cycle', '--aug mixup':'crop, resize',
     '--act-fn GELU':'ReLU, Mish', '--pool Pool':'AvgPool, MaxPool, MaxBlurPool', '--size 8':'16 to 1024', '--size 100':'--size 100: xresnet50 with --pool MaxPool', '--bs 1':'2 to 4096',
     '--bs 66':'at most 65', '--bs 32 --n-items 30':'at most 30', '--epochs 0':'1 to 1000', '--lr -1':'--lr', '--mom 1':'--mom', '--sqrmom 1':'--sqrmom', '--eps -1':'--eps',
     '--wd -1':'--wd', '--smooth 1':'--smooth', '--mixup -1':'--mixup', '--sh 2':'--sh', '--beta -1':'--beta', '--pct-start 1':'--pct-start', '--n-items 9':'10 to 60', '--n-items 61':'10 to 60',
@@ -228,10 +231,10 @@ def test_python_callers_get_an_error(images):
     with pytest.raises(OptionError, match='--arch vgg: choose from'): imagenette.main(path=images, arch='vgg')
 
 def test_interrupted(cli, tiny, images, tmp_path, monkeypatch):
-    def interrupt(*a): raise KeyboardInterrupt
+    def interrupt(*a, **kw): raise KeyboardInterrupt
     monkeypatch.setattr(imagenette, 'run_job', interrupt)
     status,_,err = cli('imagenette', '--path', images, '--out', tmp_path)
-    assert (status, err) == (130, 'radam-imagenette: interrupted\n')
+    assert (status, err) == (130, 'radam-imagenette: interrupted; --resume goes on from the last whole epoch\n')
 
 @pytest.mark.parametrize('command', [['imagenette','--path','nowhere'], ['experiment','nonsense'], ['demo','--epochs','0']], ids=lambda c: c[0])
 def test_exit_status_of_a_process(command):
@@ -239,3 +242,110 @@ def test_exit_status_of_a_process(command):
     env = {k: v for k,v in os.environ.items() if k != 'PYTHONWARNINGS'}
     res = subprocess.run([sys.executable, '-m', f'radam_fastai.recipes.{command[0]}', *command[1:]], cwd=root, env=env, capture_output=True, text=True)
     assert res.returncode == 2 and res.stdout == '' and len(res.stderr.splitlines()) == 1, res.stderr
+
+# The terminal
+
+MODULES = dict(demo='recipes.demo', imagenette='recipes.imagenette', experiment='recipes.experiment', bench='bench')
+
+def shell(line, tmp_path, **env):
+    "What becomes of a line of bash in which `radam-NAME` is a command"
+    for name,module in MODULES.items():
+        (tmp_path/f'radam-{name}').write_text(f'#!{sys.executable}\nimport sys\nfrom radam_fastai.{module} import main\nsys.exit(main())')
+        (tmp_path/f'radam-{name}').chmod(0o755)
+    env = {**os.environ, 'PYTHONPATH':str(root), 'PATH':f"{tmp_path}:{os.environ['PATH']}", 'OMP_NUM_THREADS':'1', **env}
+    env.pop('PYTHONWARNINGS', None)
+    return subprocess.run(['bash', '-c', line], cwd=tmp_path, env=env, capture_output=True, text=True, encoding='latin1')
+
+TALKS = {'demo': 'radam-demo --epochs 1 --anew --out o', 'imagenette': 'radam-imagenette --dump', 'experiment': 'radam-experiment', 'bench': 'radam-bench --models small --optims ours --rounds 1 --out o'}
+
+@pytest.mark.parametrize('name', TALKS)
+def test_an_output_that_nobody_reads(tmp_path, name):
+    "Closed, it is done without; a full one and a broken pipe end the command in a line, and not in a traceback"
+    res = shell(f'{TALKS[name]} >&-', tmp_path)
+    assert (res.returncode, res.stderr) == (0, '')
+    res = shell(f'{TALKS[name]} > /dev/full', tmp_path)
+    assert (res.returncode, res.stderr) == (2, f'radam-{name}: could not write to stdout: No space left on device\n')
+    res = shell(f'set -o pipefail; {TALKS[name]} | true', tmp_path)
+    assert res.stderr == '' and res.returncode in (0, 141) # 0 if all was in the pipe before its end was closed
+
+@pytest.mark.parametrize('name', MODULES)
+def test_help_in_ascii(tmp_path, name):
+    res = shell(f'radam-{name} -h', tmp_path, PYTHONIOENCODING='ascii', LC_ALL='C')
+    assert res.returncode == 0 and res.stderr == '' and '--version' in res.stdout
+
+@pytest.mark.parametrize('name', MODULES)
+def test_version(tmp_path, name):
+    res = shell(f'radam-{name} --version', tmp_path)
+    assert (res.returncode, res.stdout) == (0, f'radam-{name} {__version__}\n')
+
+@pytest.mark.parametrize('spelled', ['--act_fn=Mish --pct_start .7 --n_items 20 --channels_last --woof --fp16 0', '--act-fn Mish --pct-start=.7 --n-items 20 --channels-last 1 --woof=1 --fp16=0',
+                                     '--n_items=20 --woof yes --channels-last --act_fn Mish --pct_start .7 --resume 0 --fp16=no'])
+def test_options_are_spelled_as_people_spell_them(cli, images, tmp_path, monkeypatch, spelled):
+    got = []
+    def run_job(runs, *args, **kwargs):
+        got.append(runs[0].options)
+        raise RecipeError('enough')
+    monkeypatch.setattr(imagenette, 'run_job', run_job)
+    monkeypatch.setattr(imagenette, 'find_images', lambda path, size, woof: (images, f'woof {woof}'))
+    assert cli('imagenette', '--path', images, '--out', tmp_path, '--bs', 16, *spelled.split())[2] == 'radam-imagenette: enough\n'
+    o, = got
+    assert [o[k] for k in ('act_fn','pct_start','n_items','channels_last','fp16')] == ['Mish', .7, 20, True, False]
+
+def test_a_flag_before_a_name(cli, monkeypatch):
+    "`--resume language` goes on with `language`"
+    def run_job(runs, out, name, resume, *args): raise RecipeError(f'{name} {resume}')
+    monkeypatch.setattr(experiment, 'run_job', run_job)
+    assert cli('experiment', '--resume', 'variance', '--epochs', 1)[2] == 'radam-experiment: variance True\n'
+
+def test_sgd(cli, tiny, images, tmp_path):
+    status,_,err = cli('imagenette', '--path', images, '--out', tmp_path, *small, *'--opt sgd --lr .1 --mom .8 --wd .1'.split())
+    assert status == 0, err
+    rec, = read_records(tmp_path/'records.jsonl')
+    assert {k: rec['hypers'][0][k] for k in ('mom','wd','lr')} == dict(mom=.8, wd=.1, lr=.1) and set(rec['steps']['rect']) == {None}
+
+def test_home_folder(cli, tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path/'home'))
+    monkeypatch.chdir(tmp_path)
+    assert cli('demo', '--epochs', 1, '--out', '~/x')[0] == 0 and (tmp_path/'home'/'x'/'records.jsonl').exists()
+    assert cli('imagenette', '--report', '~/x')[0] == 0 and (tmp_path/'home'/'x'/'table.md').exists() and not (tmp_path/'~').exists()
+
+def test_forgotten_resume(cli, tiny, tmp_path, monkeypatch):
+    "A job that was begun and is not finished is not begun again beside itself by mistake"
+    demo_main = ['demo', '--epochs', 1, '--out', tmp_path]
+    with monkeypatch.context() as m:
+        m.setattr(jobs, 'save_run', interrupted_at(2))
+        assert cli(*demo_main)[0] == 130
+    (tmp_path/'records.jsonl').write_text((tmp_path/'records.jsonl').read_text().splitlines(True)[0]) # killed before the second record
+    before = {p.name for p in tmp_path.iterdir()}
+    status,out,err = cli(*demo_main)
+    assert (status, err) == (2, f'radam-demo: --out {tmp_path}: adam-42 is not finished there; --resume goes on with this job, --anew begins it again\n')
+    assert {p.name for p in tmp_path.iterdir()} == before and 'choose one of them' in cli(*demo_main, '--anew', '--resume')[2]
+    assert cli(*demo_main, '--anew')[0] == 0 and (tmp_path/'radam-42-2.csv').exists()
+    cli(*demo_main, '--resume')
+    table = report(tmp_path)
+    assert len(read_records(tmp_path/'records.jsonl')) == 3 and table.n.tolist() == [1, 1] and 'Left out: 1' in (tmp_path/'table.md').read_text()
+
+def interrupted_at(n, calls=None):
+    calls = []
+    def f(*args):
+        calls.append(args)
+        if len(calls) == n: raise KeyboardInterrupt
+    return f
+
+def test_ctrl_c_ends_the_progress_line(cli, tmp_path, monkeypatch):
+    def run_job(*args, **kwargs):
+        print('|███---| 50.00%', end='\r')
+        raise KeyboardInterrupt
+    monkeypatch.setattr(demo, 'run_job', run_job)
+    monkeypatch.setattr(type(sys.stdout), 'isatty', lambda self: True)
+    status,out,err = cli('demo', '--out', tmp_path)
+    assert out.endswith('\r\n') and err.startswith('radam-demo: interrupted; --resume')
+
+def test_tables_fit_a_terminal():
+    rng = random.Random(0)
+    for n_cols in range(1, 12):
+        words = lambda: ' '.join('x'*rng.randint(1, 60) for _ in range(rng.randint(0, 6)))
+        df = pd.DataFrame([{f'column {i}': words() for i in range(n_cols)} for _ in range(3)])
+        text = terminal_table(df)
+        assert max(map(len, text.splitlines())) <= 80
+        for cell in [*df.columns, *df.values.flatten()]: assert Counter(cell) - Counter(text) == Counter() # nothing is left out

@@ -233,7 +233,8 @@ def test_other_options_are_named(part, change, says, finished):
 
 def test_without_resume_nothing_is_touched(part):
     before = (part/'radam-0.pth').read_bytes()
-    r, = one(part)
+    with pytest.raises(OptionError, match='radam-0 is not finished there; --resume goes on with this job, --anew begins'): one(part)
+    r, = one(part, anew=True)
     assert r['run'] == 'radam-0-2' and (part/'radam-0.pth').read_bytes() == before
     assert one(part)[0]['run'] == 'radam-0-3'
     assert [r['run'] for r in read_records(part/'records.jsonl')] == ['radam-0-2','radam-0-3'] and (part/'radam-0-2.csv').exists()
@@ -288,8 +289,8 @@ def test_checkpoint_that_does_not_fit(part, what, change):
 
 def test_one_job_at_a_time(part):
     with FileLock(part/'.lock'):
-        with pytest.raises(OptionError, match='another job is writing there'): one(part)
-    one(part) # free again
+        with pytest.raises(OptionError, match='another job is writing there'): one(part, resume=True)
+    one(part, resume=True) # free again
 
 def test_one_of_many_that_start_at_once(tmp_path):
     "Into one folder: each does its own whole run, or is told to wait; no record is lost or mixed"
@@ -335,3 +336,14 @@ def test_random_numbers_of_an_epoch_do_not_depend_on_those_before(tmp_path):
         def after_train(self): torch.rand(self.n), random.random()
     a,b = one(tmp_path/'a', cbs=Draw(1)),one(tmp_path/'b', cbs=Draw(9))
     assert a[0]['steps'] == b[0]['steps']
+
+@pytest.mark.parametrize('kept', [False, True])
+def test_a_checkpoint_that_was_to_go_goes(tmp_path, monkeypatch, kept):
+    "Killed between the record and the end of the checkpoint: the next job deletes it, unless it was to be kept"
+    def interrupt(*a): raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(jobs, 'save_run', interrupt)
+        with pytest.raises(KeyboardInterrupt): one(tmp_path, keep=kept)
+    assert (tmp_path/'radam-0.pth').exists()
+    one(tmp_path, resume=True)
+    assert (tmp_path/'radam-0.pth').exists() == kept

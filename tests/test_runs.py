@@ -12,7 +12,7 @@ from radam_fastai.callback import RectifierRecorder
 from radam_fastai.recipes import demo
 from radam_fastai.recipes.jobs import Run, run_job
 from radam_fastai.recipes.report import compare, groups, mean_std, report, summary
-from radam_fastai.recipes.runs import (OPTS, SCHEDS, RecipeError, RunRecorder, append_record, check_ranges, read_records, rectifier_summary,
+from radam_fastai.recipes.runs import (OPTS, SCHEDS, RecipeError, RunRecorder, append_record, check_ranges, read_records, read_runs, rectifier_summary,
                                        replacing, steps_frame)
 from radam_fastai.rectify import rectification
 from radam_fastai.warmup import SGDFn
@@ -91,7 +91,7 @@ def one_run(opt, out, cbs=None, fit=lambda l: l.fit_one_cycle(1, 1e-3)):
     return r,kept[0]
 
 factors = {'radam':lambda t: rectification(t, .99), 'ranger':lambda t: rectification(t, .99), 'adam':lambda t: 1.,
-    'adam-linear':lambda t: min(1, t/200), 'adam-exponential':lambda t: 1-math.exp(-.01*t)}
+    'adam-linear':lambda t: min(1, t/200), 'adam-exponential':lambda t: 1-math.exp(-.01*t), 'sgd':lambda t: None}
 
 @pytest.mark.parametrize('opt', OPTS)
 def test_steps_and_epochs(opt, tmp_path):
@@ -199,3 +199,78 @@ def test_mean_std():
     assert mean_std([.7,.8,.9]) == '0.8000 ± 0.1000' and mean_std([.7]) == '0.7000'
 
 def test_ranges(): check_ranges(dict(lr=None))
+
+# Records of anybody's making
+
+def deep(n=100_000): return b'{"epochs":' + b'['*n + b']'*n + b'}'
+
+HOSTILE = {'no opt': dict(opt=None), 'a formula': dict(opt='$\\b$'), 'options': dict(options=[1]), 'no epochs': dict(epochs=[]), 'an epoch of text': dict(epochs=[dict(epoch=0, step=1, train_secs=1., secs=1., accuracy='=1+1')]),
+    'uneven steps': dict(steps=dict(step=[1,2], loss=[1.], lr=[.1], effective_lr=[.1], rect=[None])), 'steps of text': dict(steps=dict(step=[1], loss=['=cmd'], lr=[.1], effective_lr=[.1], rect=[None])),
+    'a number without end': dict(epochs=[dict(epoch=0, step=1, train_secs=1., secs=1., accuracy=10**400)]), 'no hypers': dict(hypers=[]), 'other data': dict(data=dict(name='d')),
+    'a figure of nothing': dict(published=dict(metric='bleu', mean=.5))}
+
+@pytest.mark.parametrize('command', ['imagenette', 'experiment'])
+@pytest.mark.parametrize('what', HOSTILE)
+def test_a_report_leaves_out_what_is_no_record(cli, tmp_path, command, what):
+    "With a warning that names the file; the others are reported"
+    path,good = tmp_path/'records.jsonl',rec(recipe='lr-robustness', opt='adam', options=dict(lr=.1))
+    for r in {**good, **HOSTILE[what]}, good: append_record(path, r)
+    with path.open('ab') as f: f.write(deep())
+    with pytest.warns(UserWarning, match='a record is not of a run'), pytest.warns(UserWarning, match='line 3 is not a whole record'): status,out,err = cli(command, '--report', tmp_path)
+    assert status == 0 and '0.7' in out, err
+
+@pytest.mark.parametrize('name', ['../../victim', '/{victim}', 'a/b', '..\\victim', '', '.', '..', '.tmp-a', 'a\0b', 'a\nb', '\x1b[2J', '\ud800', 'a$\\b$'])
+def test_a_report_writes_into_its_folder_alone(tmp_path, name):
+    (tmp_path/'victim.csv').write_text('mine')
+    inside = tmp_path/'a'/'b'
+    append_record(inside/'records.jsonl', rec())
+    append_record(inside/'records.jsonl', rec(run=name.format(victim=tmp_path/'victim')))
+    with pytest.warns(UserWarning, match='is no plain file name'): report(inside)
+    assert (tmp_path/'victim.csv').read_text() == 'mine' and {p.name for p in tmp_path.iterdir()} == {'a','victim.csv'}
+
+def test_a_link_is_not_written_through(tmp_path):
+    "A name that a new file has until it is whole may be a link to a file elsewhere"
+    (tmp_path/'victim').write_text('mine')
+    (tmp_path/'.tmp-a.md').symlink_to(tmp_path/'victim')
+    with replacing(tmp_path/'a.md') as tmp: tmp.write_text('new')
+    assert (tmp_path/'victim').read_text() == 'mine' and (tmp_path/'a.md').read_text() == 'new' and not (tmp_path/'a.md').is_symlink()
+
+def test_records_that_are_a_folder(cli, tmp_path):
+    (tmp_path/'records.jsonl').mkdir()
+    status,out,err = cli('imagenette', '--report', tmp_path)
+    assert status == 2 and err == f"radam-imagenette: could not read {tmp_path/'records.jsonl'}: Is a directory\n"
+
+def test_records_without_what_an_experiment_shows(cli, tmp_path):
+    append_record(tmp_path/'records.jsonl', rec(recipe='degenerate', opt='sgd'))
+    append_record(tmp_path/'records.jsonl', rec(recipe='lr-robustness', opt='adam'))
+    status,out,err = cli('experiment', '--report', tmp_path)
+    assert status == 2 and 'a record of lr-robustness has not what its tables need' in err and len(err.splitlines()) == 1
+
+def test_numbers_that_json_does_not_have(tmp_path):
+    "Each line is strict JSON, as other programs read it; older lines have NaN"
+    path,nan = tmp_path/'records.jsonl',math.nan
+    append_record(path, rec(acc=nan, steps=dict(step=[1,2,3], loss=[nan, math.inf, -math.inf], lr=[.1]*3, effective_lr=[.1]*3, rect=[None]*3)))
+    def refuse(name): raise AssertionError(name)
+    assert json.loads(path.read_text(), parse_constant=refuse)['steps']['loss'] == ['NaN','Infinity','-Infinity']
+    with path.open('a') as f: f.write(json.dumps(rec(acc=nan)) + '\n' + json.dumps(rec(acc=None)) + '\n')
+    runs = read_runs(path)
+    assert all(math.isnan(r['epochs'][0]['accuracy']) for r in runs) and runs[0]['steps']['loss'][1:] == [math.inf, -math.inf] and math.isnan(runs[0]['steps']['loss'][0])
+    assert summary(runs).accuracy[0].startswith('nan') and steps_frame(runs[0]).loss.tolist()[1:] == [math.inf, -math.inf]
+
+def test_cells_are_text(tmp_path):
+    "In a table for a README: no HTML, no further column, no code for a terminal"
+    evil = '<img src=x onerror=alert(1)> | \x1b[2J & \n# $\\b$'
+    append_record(tmp_path/'records.jsonl', rec(preset=evil, changed=[], run='a', data=dict(name=evil, train=1, valid=1), published=dict(metric='accuracy', mean=.5, source=evil)))
+    table = report(tmp_path)
+    text = (tmp_path/'table.md').read_text()
+    assert not set('<>\x1b') & set(text) and '\\|' in text and '\n#' not in text
+    assert all(line.replace('\\|', '').count('|') == len(table.columns)+1 for line in text.splitlines()[:3])
+
+@pytest.mark.parametrize('code', [errno.EINVAL, errno.ENOTSUP])
+def test_file_systems_that_cannot_sync(tmp_path, monkeypatch, code):
+    "The file is whole: there is nothing to end a job for"
+    def fails(fd): raise OSError(code, os.strerror(code))
+    monkeypatch.setattr(os, 'fsync', fails)
+    with replacing(tmp_path/'a') as tmp: tmp.write_text('whole')
+    append_record(tmp_path/'records.jsonl', dict(run=1))
+    assert (tmp_path/'a').read_text() == 'whole' and read_records(tmp_path/'records.jsonl') == [dict(run=1)]

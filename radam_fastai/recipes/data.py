@@ -6,14 +6,14 @@ What can be wrong with data is found before training where that is cheap (a fold
 
 # %% auto #0
 __all__ = ['UNPACKED', 'check_sum', 'making', 'unpack', 'from_archives', 'find_folder', 'download', 'image_files', 'split_files',
-           'digest', 'draw', 'balanced', 'ItemSeedDL']
+           'digest', 'draw', 'balanced', 'unreadable', 'ItemSeedDL']
 
 # %% ../../nbs/25_recipes.data.ipynb #562a1871
-import hashlib,os,random,shutil,tarfile,zlib
+import hashlib,os,random,re,shutil,tarfile
 from contextlib import contextmanager
 from pathlib import Path
 
-from .runs import RecipeError,cannot_write,check
+from .runs import OwnError,RecipeError,cannot_write,check,expanded
 
 import fastai.data
 from fastai.data.core import TfmdDL
@@ -21,17 +21,21 @@ from fastai.data.external import fastai_cfg
 from fastai.data.transforms import get_image_files
 from fastdownload import FastDownload
 from filelock import FileLock
-from PIL import Image
 
 # %% ../../nbs/25_recipes.data.ipynb #d4ebf53d
+def _sums(
+    text:str, # What `sha256sum` writes: a sum and a name in each line; a star before a name stands for binary mode
+) -> dict: # File name → sum, in lower case
+    "The sums of the files beside the text"
+    found = re.findall(r'^\s*([0-9a-fA-F]{64})\s+\*?(?:\./)?(\S.*?)\s*$', text, re.MULTILINE)
+    return {name: digits.lower() for digits,name in found}
+
 def check_sum(
     archive:Path, # File
 ):
     "Raise a `RecipeError` if `SHA256SUMS` beside `archive` has another sum for it"
-    sums = archive.parent/'SHA256SUMS'
-    known = dict(reversed(l.split(maxsplit=1)) for l in sums.read_text().splitlines()) if sums.exists() else {}
-    want = known.get(archive.name) or known.get(f'*{archive.name}') # the star of binary mode
-    h = hashlib.sha256()
+    sums,h = archive.parent/'SHA256SUMS',hashlib.sha256()
+    want = _sums(sums.read_text(errors='replace') if sums.is_file() else '').get(archive.name)
     with open(archive, 'rb') as f:
         for block in iter(lambda: f.read(2**20), b''): h.update(block)
     if want not in (None, h.hexdigest()): raise RecipeError(f'{archive} is damaged: its SHA-256 is not the one in {sums}; get it again')
@@ -68,7 +72,8 @@ def unpack(
                 with tarfile.open(a) as t:
                     t.extractall(tmp, filter='data')
                     while t.fileobj.read(2**20): pass # gzip's checksum comes last
-            except (tarfile.TarError, OSError, EOFError, zlib.error) as e:
+            except RecipeError: raise
+            except Exception as e: # of a damaged archive, tarfile and what unpacks for it raise anything
                 raise RecipeError(f'{a} could not be unpacked ({e}); nothing of it is used') from e
         found = list(tmp.iterdir())
         if len(found) != 1 or not found[0].is_dir(): raise RecipeError(f'{archives[0]}: should hold one folder, holds {len(found)} files or folders')
@@ -76,7 +81,7 @@ def unpack(
     return dest
 
 # %% ../../nbs/25_recipes.data.ipynb #c5ff2802
-UNPACKED = Path('~/.radam_data').expanduser()
+UNPACKED = Path('~/.radam_data') # `~` is looked up when it is needed: not every user has one
 
 def from_archives(
     folder:Path, # Folder that may hold archives
@@ -84,7 +89,7 @@ def from_archives(
 ) -> Path|None: # Folder of the unpacked data; `None` if there are no such archives
     "Unpack `name.tgz`, or `name-train.tgz` and `name-val.tgz`, in `folder`"
     archives = [p for part in ('','-train','-val') if (p := folder/f'{name}{part}.tgz').exists()]
-    return unpack(archives, UNPACKED/name) if archives else None
+    return unpack(archives, expanded('path', UNPACKED)/name) if archives else None
 
 def find_folder(
     path:Path, # Folder that holds the data or its archives
@@ -92,7 +97,7 @@ def find_folder(
     name:str, # Of the folder in the archives
 ) -> tuple[Path, str]: # Folder of the data; where it is from, for the record
     "Where the data is, unpacked if need be; an `OptionError` if there is no folder `path`"
-    path = Path(path).expanduser()
+    path = expanded('path', path)
     check(os.path.isdir(path), f"--path {path}: no such folder; it should hold {' and '.join(holds)}, or archives of {name}")
     found = None if (path/holds[0]).exists() else from_archives(path, name)
     return (found, f'archives {name} in a folder') if found else (path, 'a folder')
@@ -101,7 +106,7 @@ def download(
     url:str, # Of an archive that fastai knows
 ) -> Path: # Folder of the unpacked data
     "Download and unpack `url`, if that has not been done"
-    d = FastDownload(fastai_cfg(), module=fastai.data, base='~/.fastai')
+    d = FastDownload(fastai_cfg(), module=fastai.data, base=str(expanded('path', '~/.fastai')))
     archive = d.arch_path()/url.split('/')[-1]
     dest = d.data_path(arch=archive)
     if dest.exists(): return dest
@@ -165,6 +170,13 @@ def balanced(
             draw(valid, [max(1, round(len(fs)*n_items/n_all)) for fs in valid.values()], seed))
 
 # %% ../../nbs/25_recipes.data.ipynb #ee5120b7
+def unreadable(
+    path:Path, # Of an image
+    e:Exception, # What it raised: of a damaged file, Pillow raises anything
+) -> OwnError: # To be raised
+    "Why the image `path` could not be read, in one line"
+    return OwnError(f'{path} is no image that can be read ({str(e) or type(e).__name__})')
+
 class ItemSeedDL(TfmdDL):
     "A `TfmdDL` whose random transforms of an item depend on the item and the epoch alone"
     item_seed = 0
@@ -175,5 +187,5 @@ class ItemSeedDL(TfmdDL):
         state = random.getstate()
         random.seed(self.item_seed + (s or 0))
         try: return super().do_item(s)
-        except (OSError, SyntaxError, Image.DecompressionBombError) as e: raise RecipeError(f'{self.dataset.items[s or 0]} is no image that can be read ({e})') from e
+        except Exception as e: raise unreadable(self.dataset.items[s or 0], e) from e
         finally: random.setstate(state)

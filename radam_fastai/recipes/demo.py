@@ -13,8 +13,8 @@ from pathlib import Path
 
 from .jobs import Run,run_job
 from .memory import digits,tensor_dls
-from .report import runs_table,save_plot
-from .runs import RANGES,check_out,check_ranges,is_main,opt_func,torch_threads,usage
+from .report import runs_table,save_plot,terminal_table
+from .runs import RANGES,Flag,check_out,check_ranges,command,is_main,opt_func,torch_threads
 
 import fastai.callback.progress,fastai.callback.schedule # progress bars, `fit_flat_cos`
 from fastai.data.core import DataLoaders
@@ -22,7 +22,6 @@ from fastai.layers import ConvLayer,Flatten
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
-from fastcore.script import call_parse
 from torch import nn
 
 # %% ../../nbs/26_recipes.demo.ipynb #d61f60bb
@@ -46,24 +45,25 @@ def get_learner(
                    wd_bn_bias=False)
 
 # %% ../../nbs/26_recipes.demo.ipynb #3f21e625
-@call_parse
+@command
 def main(
     out:Path=Path('runs/demo'), # Folder for records, tables and figures
     epochs:int=10, # Passes over the training images, from 1
     lr:float=1e-2, # Highest learning rate, the same for both optimizers
     bs:int=64, # Images per batch, from 2 to 1437
     seed:int=42, # Of weights and batches
-    resume:bool=False, # Go on with what is in `out`
+    resume:Flag=False, # Go on with what is in `out`
+    anew:Flag=False, # Begin again beside what is in `out`
 ):
     "Train on handwritten digits with RAdam and with Adam, side by side"
     options = dict(epochs=epochs, lr=lr, bs=bs)
     def fit(learn): learn.fit_flat_cos(epochs, lr)
-    with usage(main, dict(locals())),torch_threads(1):
+    with torch_threads(1):
         check_ranges({**options, 'seed':seed}, {**RANGES, 'bs':(2,1437)})
         out,data = check_out(out),dict(name='scikit-learn digits', size=8, classes=10)
         records = run_job([Run(f'{opt}-{seed}', seed, dict(opt=opt, **options), partial(get_learner, opt, bs), fit, data) for opt in ('radam','adam')],
-                          out, 'demo', resume)
+                          out, 'demo', resume, anew=anew)
         if is_main():
             figure = save_plot(records, out/'demo.png', 'RAdam and Adam on handwritten digits')
-            print(f"\n{runs_table(records).round(4).to_string(index=False)}\n\nfigure: {figure}\nrecords: {out/'records.jsonl'}")
+            print(f"\n{terminal_table(runs_table(records))}\n\nfigure: {figure}\nrecords: {out/'records.jsonl'}")
     return records

@@ -10,14 +10,14 @@ __all__ = ['EXPERIMENTS', 'narrowed', 'report_experiments', 'main']
 # %% ../../nbs/44_recipes.experiment.ipynb #cc58610a
 from pathlib import Path
 
-from fastcore.script import call_parse
+import pandas as pd
 
 from .jobs import run_job
 from .language import adam_2k,language
 from .limits import degenerate,variance
-from .report import conditions,find_records,report as write_report
+from .report import conditions,find_records,once,report as write_report,terminal_table
 from .robustness import lr_robustness,warmup_lengths
-from .runs import RANGES,check,check_choice,check_out,check_ranges,is_main,names,numbers,usage
+from .runs import (RANGES,Flag,OptionError,check,check_choice,check_out,check_ranges,command,expanded,is_main,names,numbers)
 from .sweep import get_runs,write_shown
 
 # %% ../../nbs/44_recipes.experiment.ipynb #1e11312e
@@ -42,20 +42,23 @@ def narrowed(
 def report_experiments(
     folder:Path, # With records in it or in folders below
     anew:bool=True, # Write the files of all runs again; `False`: only those that are missing
-) -> list[Path]: # Files that answer the questions
+) -> dict: # File → the `DataFrame` or figure in it: answers to the questions
     "Write the tables and figures of all experiments with records below `folder`"
-    records = [r for rs in find_records(folder).values() for r in rs]
+    records = once(r for rs in find_records(folder).values() for r in rs)
     check(any(r['recipe'] in EXPERIMENTS for r in records), f"--report {folder}: holds no records of radam-experiment")
     write_report(folder, anew)
     by = {name: mine for name in EXPERIMENTS if (mine := [r for r in records if r['recipe'] == name])}
-    res = []
+    res = {}
     for name,mine in by.items():
         (sub := Path(folder)/name if len(by) > 1 else Path(folder)).mkdir(exist_ok=True)
-        res += write_shown(EXPERIMENTS[name].show(mine), sub)
+        try: shown = EXPERIMENTS[name].show(mine)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e: # the records are of anybody's making
+            raise OptionError(f'--report {folder}: a record of {name} has not what its tables need ({type(e).__name__}: {e})') from e
+        res.update(write_shown(shown, sub))
     return res
 
 # %% ../../nbs/44_recipes.experiment.ipynb #1d9765cf
-@call_parse(pos=['name'])
+@command(pos=['name'])
 def main(
     name:str=None, # lr-robustness, warmup-lengths, adam-2k, language, variance or degenerate; without it, they are listed
     budget:str='small', # small: under 20 minutes on two CPU cores; paper: sizes for a GPU
@@ -68,23 +71,26 @@ def main(
     bs:int=None, # Items per batch
     n_items:int=None, # Training images, or tokens
     out:Path=None, # Folder for records, figures and checkpoints (runs/NAME)
-    resume:bool=False, # Go on with what is in `out`; finished runs are not repeated
-    keep:bool=False, # Keep the last checkpoint of each run (it is deleted)
+    resume:Flag=False, # Go on with what is in `out`; finished runs are not repeated
+    anew:Flag=False, # Begin again beside what is in `out`
+    keep:Flag=False, # Keep the last checkpoint of each run (it is deleted)
     report:Path=None, # Only report on the records below this folder
 ):
     "Run an experiment about RAdam: every contender, every learning rate, several seeds."
-    given = dict(epochs=epochs, bs=bs, n_items=n_items)
-    with usage(main, dict(locals())):
-        if report is not None: return print(*(f'\n{p.read_text()}' for p in report_experiments(report) if p.suffix == '.md'), f'{report}/table.md', sep='\n')
-        if name is None: return print(*(f'{k:<16}{exp.question}' for k,exp in EXPERIMENTS.items()), sep='\n')
-        check(name in EXPERIMENTS, f"{name}: no such experiment; choose from {', '.join(EXPERIMENTS)}")
-        exp = EXPERIMENTS[name]
-        check_choice('budget', budget, exp.budgets)
-        check_ranges(dict(**given, seed=seed, runs=runs), {**RANGES, 'runs':(1,1000), 'n_items':(10,10**9)})
-        shared,cells = exp.budgets[budget]
-        shared = {**shared, **{k: v for k,v in given.items() if v is not None}}
-        todo = get_runs(exp, shared, narrowed(cells, opts, lrs), range(seed, seed+runs), path)
-        out = check_out(out or Path('runs')/name)
-        records = run_job(todo, out, name, resume, keep, report_experiments)
-        if is_main(): print(*(f"\n{(out/f).read_text()}" for f in ('results.md','merit.md') if (out/f).exists()), *conditions(records), sep='\n')
+    if report is not None:
+        report = expanded('report', report)
+        print(*(f'\n{terminal_table(o)}' for o in report_experiments(report).values() if isinstance(o, pd.DataFrame)), f'{report}/table.md', sep='\n')
+        return
+    if name is None: return print(*(f'{k:<16}{exp.question}' for k,exp in EXPERIMENTS.items()), sep='\n')
+    check(name in EXPERIMENTS, f"{name}: no such experiment; choose from {', '.join(EXPERIMENTS)}")
+    exp,given = EXPERIMENTS[name],dict(epochs=epochs, bs=bs, n_items=n_items)
+    check_choice('budget', budget, exp.budgets)
+    check_ranges(dict(**given, seed=seed, runs=runs), {**RANGES, 'runs':(1,1000), 'n_items':(10,10**9)})
+    shared,cells = exp.budgets[budget]
+    shared = {**shared, **{k: v for k,v in given.items() if v is not None}}
+    todo = get_runs(exp, shared, narrowed(cells, opts, lrs), range(seed, seed+runs), path)
+    shown = {}
+    def write(*args, **kwargs): shown.update(report_experiments(*args, **kwargs))
+    records = run_job(todo, check_out(out or Path('runs')/name), name, resume, keep, write, anew)
+    if is_main(): print(*(f'\n{terminal_table(o)}' for o in shown.values() if isinstance(o, pd.DataFrame)), *conditions(records), sep='\n')
     return records

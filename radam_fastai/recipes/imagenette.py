@@ -18,8 +18,8 @@ from .data import ItemSeedDL,balanced,digest,download,find_folder,split_files
 from .jobs import Run,run_job
 from .precision import DevicePrecision,fast_settings,warn_slow_bf16
 from .presets import COMMON,published,resolve
-from .report import conditions,report as write_report,summary
-from .runs import OPTS,RANGES,SCHEDS,check,check_choice,check_out,check_ranges,is_main,opt_func,usage
+from .report import conditions,report as write_report,summary,terminal_table
+from .runs import OPTS,RANGES,SCHEDS,Flag,check,check_choice,check_out,check_ranges,command,expanded,is_main,opt_func
 
 import fastai.callback.progress,fastai.callback.schedule # methods of `Learner`
 import torch
@@ -39,7 +39,6 @@ from fastai.vision.augment import FlipItem,RandomErasing,RandomResizedCrop,Resiz
 from fastai.vision.core import imagenet_stats
 from fastai.vision.data import ImageBlock
 from fastai.vision.models import xresnet
-from fastcore.script import bool_arg,call_parse
 from torch import nn
 
 # %% ../../nbs/28_recipes.imagenette.ipynb #134428b5
@@ -208,29 +207,30 @@ def get_runs(
     return [Run(f"{o['arch']}-{o['opt']}-{s}", s, options, partial(make, s), fit, data, about) for s in range(o['seed'], o['seed']+o['runs'])]
 
 # %% ../../nbs/28_recipes.imagenette.ipynb #5194b249
-@call_parse
+@command
 def main(
     preset:str='radam', # radam, over9000-adam, over9000-radam, over9000-ranger, fastai-2020-01, leaderboard-2020-10, article, article-record, over9000-v1-adam, over9000-v1-radam, over9000-v1-ranger or ranger-mish-2019-09
     path:Path=None, # Folder that holds `train` and `val`, or archives of them; downloaded if not given
-    woof:bool=False, # Imagewoof instead of Imagenette
+    woof:Flag=False, # Imagewoof instead of Imagenette
     split:str=None, # v1 (500 validation images, until December 2019) or v2 (3,925)
     n_items:int=None, # Training images, as many of each class, drawn by the seed; validation shrinks by the same share (all)
     runs:int=1, # Runs, with seeds `seed`, `seed`+1, …
     seed:int=42, # Of the first run
     out:Path=Path('runs/imagenette'), # Folder for records, figures and checkpoints
-    resume:bool=False, # Go on with what is in `out`; finished runs are not repeated
-    keep:bool=False, # Keep the last checkpoint of each run (it is deleted)
+    resume:Flag=False, # Go on with what is in `out`; finished runs are not repeated
+    anew:Flag=False, # Begin again beside what is in `out`
+    keep:Flag=False, # Keep the last checkpoint of each run (it is deleted)
     report:Path=None, # Only report on the records below this folder
-    dump:bool=False, # Only print settings and network
+    dump:Flag=False, # Only print settings and network
     workers:int=None, # Processes that read images (one per core, at most 16)
-    fast:bool=False, # Choose --channels-last, --bf16 or --fp16, and --compile as suits this machine
-    channels_last:bool=False, # Keep the weights of convolutions in channels-last order
-    compile:bool=False, # Compile the network
+    fast:Flag=False, # Choose --channels-last, --bf16 or --fp16, and --compile as suits this machine
+    channels_last:Flag=False, # Keep the weights of convolutions in channels-last order
+    compile:Flag=False, # Compile the network
     epochs:int=None, # Passes over the training images (preset's, as all below)
     size:int=None, # Side of the images, pixels
     bs:int=None, # Images per batch, of all processes together
     lr:float=None, # Highest learning rate
-    opt:str=None, # radam, ranger, adam, adam-linear or adam-exponential
+    opt:str=None, # radam, ranger, adam, adam-linear, adam-exponential or sgd
     mom:float=None, # β1
     sqrmom:float=None, # β2
     eps:float=None, # Added for numerical stability
@@ -242,31 +242,30 @@ def main(
     arch:str=None, # One of fastai's XResNets, such as xresnet50
     act_fn:str=None, # ReLU or Mish
     pool:str=None, # AvgPool, MaxPool or MaxBlurPool
-    sa:bool_arg=None, # Self-attention
-    sym:bool_arg=None, # Symmetry for self-attention
+    sa:Flag=None, # Self-attention
+    sym:Flag=None, # Symmetry for self-attention
     aug:str=None, # crop (35 to 100 % of the image) or resize
-    norm:bool_arg=None, # Normalise the images
+    norm:Flag=None, # Normalise the images
     sh:float=None, # Random erasing: largest share of an image; 0 for none
     mixup:float=None, # α of MixUp; 0 for none
     smooth:float=None, # Label smoothing, in [0, 1)
-    fp16:bool_arg=None, # Half precision, on a GPU
-    bf16:bool_arg=None, # bfloat16, on a GPU or a CPU
+    fp16:Flag=None, # Half precision, on a GPU
+    bf16:Flag=None, # bfloat16, on a GPU or a CPU
 ):
     "Train an XResNet on Imagenette from random weights, with the settings of a preset; options take the place of the preset's."
     opts = dict(locals())
-    with usage(main, opts):
-        if report is not None: return print(f'\n{write_report(report).to_string(index=False)}\n\n{report}/table.md')
-        o,changed = resolve(preset, {k: opts[k] for k in COMMON if opts[k] is not None})
-        device = default_device().type
-        if device != 'cuda' and not fp16 and not bf16: o.update(fp16=False, bf16=False)
-        o = {**opts, **o}
-        if fast: o = fastest(o, device, keep=fp16 is not None or bf16 is not None)
-        check_options(o)
-        if dump: return print(json.dumps({k: o[k] for k in COMMON}, indent=1), get_model(**{k: o[k] for k in _net}), sep='\n')
-        path,source = find_images(path, o['size'], woof)
-        files = split_files(path)
-        if o['split'] == 'v1': files = first_split(*files, sum(OFFICIAL['imagewoof2' if woof else 'imagenette2']))
-        check_counts(o, files[0])
-        records = run_job(get_runs(preset, o, changed, *files, path, source), check_out(out), 'imagenette', resume, keep)
-        if is_main(): print(f'\n{summary(records).to_string(index=False)}\n', *conditions(records), sep='\n')
+    if report is not None: return print(f"\n{terminal_table(write_report(report := expanded('report', report)))}\n\n{report}/table.md")
+    o,changed = resolve(preset, {k: opts[k] for k in COMMON if opts[k] is not None})
+    device = default_device().type
+    if device != 'cuda' and not fp16 and not bf16: o.update(fp16=False, bf16=False)
+    o = {**opts, **o}
+    if fast: o = fastest(o, device, keep=fp16 is not None or bf16 is not None)
+    check_options(o)
+    if dump: return print(json.dumps({k: o[k] for k in COMMON}, indent=1), get_model(**{k: o[k] for k in _net}), sep='\n')
+    path,source = find_images(path, o['size'], woof)
+    files = split_files(path)
+    if o['split'] == 'v1': files = first_split(*files, sum(OFFICIAL['imagewoof2' if woof else 'imagenette2']))
+    check_counts(o, files[0])
+    records = run_job(get_runs(preset, o, changed, *files, path, source), check_out(out), 'imagenette', resume, keep, anew=anew)
+    if is_main(): print(f'\n{terminal_table(summary(records))}\n', *conditions(records), sep='\n')
     return records

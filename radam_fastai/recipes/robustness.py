@@ -25,9 +25,9 @@ from fastcore.basics import noop
 from PIL import Image
 from torch import Tensor,nn
 
-from .data import digest,draw,find_folder,split_files
+from .data import digest,draw,find_folder,split_files,unreadable
 from .memory import crop_flip,digits,tensor_dls
-from .runs import RecipeError,check
+from .runs import check
 from .sweep import Experiment,contender,grid,show_sweep
 
 # %% ../../nbs/41_recipes.robustness.ipynb #95f84269
@@ -38,7 +38,7 @@ def read_images(
     "Images as one tensor; a `RecipeError` names one that cannot be read"
     def read(f):
         try: return np.asarray(Image.open(f).convert('RGB').resize((size,size), Image.Resampling.BOX))
-        except (OSError, SyntaxError, Image.DecompressionBombError) as e: raise RecipeError(f'{f} is no image that can be read ({e})') from e
+        except Exception as e: raise unreadable(f, e) from e
     return torch.from_numpy(np.stack([read(f) for f in files])).permute(0,3,1,2).float()/255
 
 def part(

@@ -175,13 +175,13 @@ def show_sweep(
 def write_shown(
     shown:dict, # File name → `DataFrame` or figure
     folder:Path, # To write to
-) -> list[Path]: # Files
+) -> dict: # File → what is in it
     "Write tables as Markdown and figures as PNG, each whole or not at all"
-    res = []
+    res = {}
     for name,o in shown.items():
         path = Path(folder)/f"{name}.{'md' if isinstance(o, pd.DataFrame) else 'png'}"
         if path.suffix == '.png': save_figure(o, path)
         else:
             with replacing(path) as tmp: tmp.write_text(markdown_table(o), encoding='utf-8')
-        res.append(path)
+        res[path] = o
     return res
