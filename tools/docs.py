@@ -171,8 +171,12 @@ def on_files(files, config):
         files.append(file)
     return files
 
+def on_page_markdown(markdown, page, config, files):
+    "A page in no section has no neighbours to list"
+    if page.parent is None: page.meta['hide'] = ['navigation']
+
 def on_page_content(html, page, config, files):
-    "Formulas as MathML, which needs no script, and pandas' tables with the site's look"
+    "Formulas as MathML, which needs no script, and tables of pandas and of progress bars with the site's look, which scroll"
     def _math(m): return f"<{m[1]} class=\"arithmatex\">{convert(unescape(m[2]), display='block' if m[1] == 'div' else 'inline')}</{m[1]}>"
     html = re.sub(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', _math, html, flags=re.S)
-    return re.sub(r'<table border="1" class="dataframe">', '<table>', html)
+    return re.sub('<table[^>]*>', '<table>', html)

@@ -12,6 +12,14 @@ from nbconvert import MarkdownExporter
 
 NOTE = "<!-- Made from nbs/index.ipynb by `make readme`: edit the notebook, not this file. -->"
 FIGURES = 'index_files'
+TEMPLATE = """{% extends 'markdown/index.md.j2' %}
+{% macro fenced(text) %}
+```text
+{{ text.rstrip() }}
+```
+{% endmacro %}
+{% block stream %}{{ fenced(output.text | strip_ansi) }}{% endblock stream %}
+{% block data_text %}{{ fenced(output.data['text/plain']) }}{% endblock data_text %}""" # indented, as is usual, output would join a list above it
 
 def relink(
     md:str, # Markdown
@@ -39,7 +47,7 @@ def to_markdown(
     "`nb` as a page, without pandas' style sheets, which would show as text"
     nb = nbformat.reads(nb2str(nb), 4)
     nb.metadata.language_info = {'name': 'python'}
-    md,res = MarkdownExporter().from_notebook_node(nb, {'output_files_dir': figures})
+    md,res = MarkdownExporter(raw_template=TEMPLATE).from_notebook_node(nb, {'output_files_dir': figures})
     return re.sub(r'<style.*?</style>\s*', '', md, flags=re.S), res.get('outputs') or {}
 
 def readme(
