@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+DOCS   := $(VENV)/.docs
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # fastai's import makes torch announce the end of torch.jit.script, which is no news about this project
 export PYTHONWARNINGS := ignore:`torch.jit.script` is deprecated:FutureWarning
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test export notebooks readme clean
+.PHONY: help demo test export notebooks readme docs dist clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -16,6 +17,10 @@ help: ## List these targets
 $(READY): setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -e '.[dev]'
+	@touch $@
+
+$(DOCS): $(READY)
+	$(BIN)/pip install -q -e '.[docs]'
 	@touch $@
 
 demo: $(READY) ## Train a small model with RAdam; figures and records go to runs/demo
@@ -38,6 +43,17 @@ notebooks: export ## Run the notebooks, keep their outputs, and write README.md
 readme: $(READY) ## Write README.md from nbs/index.ipynb
 	$(BIN)/python tools/readme.py
 
+docs: $(DOCS) ## Write the site to _docs
+	$(BIN)/python -m mkdocs build --strict
+
+dist: $(READY) ## Build the sdist and the wheel, check them, and install the wheel where nothing else is
+	rm -rf dist
+	$(BIN)/python -m build -q --no-isolation
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python -m venv --clear build/clean
+	build/clean/bin/pip install -q --no-index --no-deps dist/*.whl
+	build/clean/bin/python -I -c "import radam_fastai as r, importlib.metadata as m; assert r.__version__ == m.version('radam_fastai'); print(r.__file__, r.__version__)"
+
 clean: ## Remove build products and caches, not .venv or runs
-	rm -rf build dist radam_fastai.egg-info .pytest_cache .hypothesis
+	rm -rf build dist _docs radam_fastai.egg-info .pytest_cache .hypothesis
 	find radam_fastai tests tools -name __pycache__ -prune -exec rm -rf {} +

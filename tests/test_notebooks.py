@@ -1,10 +1,14 @@
 """The notebooks are the source: the modules and README.md are exactly what they give."""
-import os, re, runpy, shutil, subprocess, sys
+import builtins, os, re, runpy, shutil, subprocess, sys
+from configparser import ConfigParser
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
+from fastcore.nbio import read_nb
 
 root = Path(__file__).resolve().parent.parent
+tutorials = sorted((root/'nbs/tutorials').glob('*.ipynb'))
 scripts = Path(sys.executable).parent
 
 def files(path, pattern):
@@ -52,3 +56,27 @@ def test_readme_links_exist():
     links = re.findall(r'\]\(([^\s()#]+)', (root/'README.md').read_text())
     missing = [l for l in links if '://' not in l and not (root/l).exists()]
     assert not missing, f'README.md links to files that are not there: {missing}: mend nbs/index.ipynb and run `make readme`'
+
+@pytest.mark.parametrize('path', tutorials, ids=lambda p: p.stem)
+def test_tutorials_open_in_colab(path):
+    "From a badge below the title; the first code cell installs the package there, and does nothing elsewhere"
+    setup = ConfigParser(delimiters=['='], interpolation=None)
+    setup.read(root/'setup.cfg', encoding='utf-8')
+    url,folder = setup['metadata']['url'],path.parent.relative_to(root)
+    title,badge,install,*_ = read_nb(path).cells
+    assert title.source.startswith('# ')
+    address = url.replace('https://github.com', 'https://colab.research.google.com/github')
+    assert badge.source.endswith(f']({address}/blob/main/{folder}/{path.name})'), 'name the notebook where it is now'
+    assert install.has_directive('hide') and install.directive('eval') == 'false', 'nbdev-test and the site leave it out'
+    steps = ["if 'google.colab' in sys.modules:", f'git clone -q {url}', 'pip install', f"%cd {setup['metadata']['name']}/{folder}"]
+    assert re.search('.*'.join(map(re.escape, steps)), install.source, re.S)
+
+class Names(dict):
+    "What a cell finds where none ran before it: a stand-in for each name"
+    def __missing__(self, name): return getattr(builtins, name) if hasattr(builtins, name) else MagicMock(name=name)
+
+@pytest.mark.parametrize('path', [p for p in tutorials if 'RADAM_DATA' in p.read_text()], ids=lambda p: p.stem)
+def test_tutorials_need_no_archives(path, monkeypatch):
+    monkeypatch.delenv('RADAM_DATA', raising=False)
+    for c in read_nb(path).cells:
+        if c.cell_type == 'code' and 'RADAM_DATA' in c.source: exec(c.source, {}, Names(os=os))

@@ -29,11 +29,20 @@ scripts = lines(setup['options.entry_points']['console_scripts'])
     ('version', radam_fastai.__version__), ('lib_name', meta['name']), ('lib_path', radam_fastai.__name__),
     ('description', meta['description']), ('keywords', meta['keywords']), ('author', meta['author']),
     ('license', meta['license_expression']), ('min_python', options['python_requires'].removeprefix('>=')),
-    ('requirements', ' '.join(lines(options['install_requires']))), ('dev_requirements', ' '.join(lines(extras['dev']))),
+    ('requirements', ' '.join(lines(options['install_requires']))),
+    *((f'{k}_requirements', ' '.join(lines(extras[k]))) for k in ('dev', 'docs')),
+    ('git_url', meta['url']),
     ('console_scripts', '\n'.join(s.replace(' ', '') for s in scripts)),
     *((k, toml['tool']['nbdev'][k]) for k in ('nbs_path', 'lib_path', 'branch'))])
 def test_settings_ini_agrees(fact, value):
     assert facts[fact] == value, f'settings.ini has another {fact}: mend it there'
+
+def test_addresses_agree():
+    "Of the repository and of the site that its owner's GitHub Pages serve"
+    urls = dict(o.split(' = ') for o in lines(meta['project_urls']))
+    assert facts['git_url'] == f"https://github.com/{facts['user']}/{facts['lib_name']}"
+    assert urls['Documentation'] == facts['doc_host'] + facts['doc_baseurl'] == f"https://{facts['user']}.github.io/{facts['lib_name']}/"
+    assert all(o.startswith(facts['git_url']) for k,o in urls.items() if k != 'Documentation')
 
 def test_metadata_is_in_one_place():
     assert meta['version'] == 'attr: radam_fastai.__version__'
@@ -48,7 +57,7 @@ def wheel(tmp_path_factory):
     "A wheel built from the sdist of a copy of the project, so that both are complete"
     pytest.importorskip('build')
     src = tmp_path_factory.mktemp('build')/'src'
-    copytree(root, src, ignore=ignore_patterns('.git', '.venv', '__pycache__', '.ipynb_checkpoints', 'runs', 'build', 'dist', '*.egg-info'))
+    copytree(root, src, ignore=ignore_patterns('.git', '.venv', '__pycache__', '.ipynb_checkpoints', 'runs', 'build', 'dist', '_docs', '*.egg-info'))
     res = subprocess.run([sys.executable, '-m', 'build', '--no-isolation', '-o', src/'dist', src], capture_output=True, text=True)
     assert res.returncode == 0, res.stdout + res.stderr
     assert (src/'dist'/f'radam_fastai-{radam_fastai.__version__}.tar.gz').exists()
@@ -58,12 +67,18 @@ def test_wheel_holds_the_package_alone(wheel):
     info = f'radam_fastai-{radam_fastai.__version__}.dist-info/'
     with zipfile.ZipFile(wheel) as z: names,entries,md = z.namelist(),*(z.read(info+f).decode() for f in ('entry_points.txt', 'METADATA'))
     modules = {p.relative_to(root).as_posix() for p in (root/'radam_fastai').rglob('*.py')}
-    assert {n for n in names if not n.startswith(info)} == modules
+    typed = 'radam_fastai/py.typed' # type checkers read the annotations
+    assert {n for n in names if not n.startswith(info)} == modules | {typed}
     assert info+'licenses/LICENSE' in names
     assert set(scripts) < set(lines(entries)) and '[nbdev]' in entries
     head = set(md.splitlines())
     assert {f'Version: {radam_fastai.__version__}', 'License-Expression: Apache-2.0', 'Requires-Python: >=3.10',
             *(f'Provides-Extra: {e}' for e in extras)} <= head
+
+def test_package_index_can_show_it(wheel):
+    pytest.importorskip('twine')
+    res = subprocess.run([sys.executable, '-m', 'twine', 'check', '--strict', *wheel.parent.iterdir()], capture_output=True, text=True)
+    assert res.returncode == 0, res.stdout + res.stderr
 
 def test_wheel_installs(wheel, tmp_path):
     "Without the network, and it is the installed copy that is imported"

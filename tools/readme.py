@@ -1,9 +1,10 @@
 """Write README.md from the saved nbs/index.ipynb, without Quarto and without running anything.
 
-Cells with `#| hide` are left out, `#| echo: false` leaves a cell's outputs only, links relative to nbs/ become relative to
-the project, and figures among the outputs go to index_files/."""
+Cells with `#| hide` are left out, `#| echo: false` leaves a cell's outputs only, `#| output: false` its source only, links relative
+to nbs/ become relative to the project, and figures among the outputs go to index_files/. `tools/docs.py` makes the site's pages the same way."""
 import posixpath, re, shutil
 from pathlib import Path
+from typing import Callable
 
 import nbformat
 from fastcore.nbio import nb2str, read_nb
@@ -11,40 +12,56 @@ from nbconvert import MarkdownExporter
 
 NOTE = "<!-- Made from nbs/index.ipynb by `make readme`: edit the notebook, not this file. -->"
 FIGURES = 'index_files'
+TEMPLATE = """{% extends 'markdown/index.md.j2' %}
+{% macro fenced(text) %}
+```text
+{{ text.rstrip() }}
+```
+{% endmacro %}
+{% block stream %}{{ fenced(output.text | strip_ansi) }}{% endblock stream %}
+{% block data_text %}{{ fenced(output.data['text/plain']) }}{% endblock data_text %}""" # indented, as is usual, output would join a list above it
 
 def relink(
-    md:str, # Markdown that stands in the folder `nbs`
-    nbs:Path # The project's notebooks
-)->str: # The same, for the folder above
-    "Links to files that exist relative to `nbs`, rewritten for its parent; other links are left as they are"
-    def _sub(m):
-        pre,link = m.groups()
-        return pre + (posixpath.normpath(f'{nbs.name}/{link}') if (nbs/link).exists() else link)
-    return re.sub(r'(\]\(|(?:src|href)=")([^\s()"#]+)', _sub, md)
+    md:str, # Markdown
+    target:Callable # New address of a link, given the old one without its #anchor
+)->str: # The same, linked from elsewhere
+    "The links and pictures in `md`, Markdown's or HTML's, rewritten by `target`"
+    return re.sub(r'(\]\(|(?:src|href)=")([^\s()"#]+)', lambda m: m[1] + target(m[2]), md)
 
 def prepare(
     cell, # A notebook cell, changed in place
-    nbs:Path # The project's notebooks
+    target:Callable # As in `relink`
 ):
     "Take the directives out of `cell`, after doing what they say"
     if cell.directive('echo') == 'false': cell.metadata.transient = {'remove_source': True}
+    if cell.directive('output') == 'false': cell.outputs = []
+    for o in cell.get('outputs', ()):
+        if 'text' in o: o.text = re.sub(r'[^\n]*\r(?!\n)', '', o.text) # what a terminal shows of a progress bar
     cell.remove_directives()
-    if cell.cell_type == 'markdown': cell.set_source(relink(cell.source, nbs))
+    if cell.cell_type == 'markdown': cell.set_source(relink(cell.source, target))
+
+def to_markdown(
+    nb, # A notebook, prepared
+    figures:str # Folder for the figures among its outputs
+)->tuple: # Markdown, and the figures' bytes by path
+    "`nb` as a page, without pandas' style sheets, which would show as text"
+    nb = nbformat.reads(nb2str(nb), 4)
+    nb.metadata.language_info = {'name': 'python'}
+    md,res = MarkdownExporter(raw_template=TEMPLATE).from_notebook_node(nb, {'output_files_dir': figures})
+    return re.sub(r'<style.*?</style>\s*', '', md, flags=re.S), res.get('outputs') or {}
 
 def readme(
     root:Path # The project's folder
 )->dict: # Bytes by path relative to `root`
     "README.md and the figures that it shows"
     nbs = Path(root)/'nbs'
+    def _target(link): return posixpath.normpath(f'{nbs.name}/{link}') if (nbs/link).exists() else link
     nb = read_nb(nbs/'index.ipynb')
     nb.cells = [c for c in nb.cells if not c.has_directive('hide')]
-    for c in nb.cells: prepare(c, nbs)
-    nb = nbformat.reads(nb2str(nb), 4)
-    nb.metadata.language_info = {'name': 'python'}
-    md,res = MarkdownExporter().from_notebook_node(nb, {'output_files_dir': FIGURES})
-    md = re.sub(r'<style.*?</style>\s*', '', md, flags=re.S)  # pandas' style sheet would show as text
+    for c in nb.cells: prepare(c, _target)
+    md,figures = to_markdown(nb, FIGURES)
     md = re.sub(r'\n\s*\n', '\n\n', f'{NOTE}\n\n{md}').strip() + '\n'
-    return {'README.md': md.encode(), **res.get('outputs', {})}
+    return {'README.md': md.encode(), **figures}
 
 def main():
     root = Path(__file__).resolve().parent.parent
