@@ -23,7 +23,7 @@ from typing import Callable, Iterable
 from torch import Tensor
 
 from .checkpoint import check_count
-from .optimizer import RAdamFn, RuledAdam
+from .optimizer import RAdamFn, RuledAdam, fastai_names
 from .rectify import untuned_exponential, untuned_linear
 
 # %% ../nbs/08_warmup.ipynb #b1414f09
@@ -60,6 +60,7 @@ def never(
 # %% ../nbs/08_warmup.ipynb #35035087
 class Adam(RuledAdam):
     "Adam with decoupled weight decay or L2, a drop-in for `fastai.optimizer.Adam`"
+    @fastai_names
     def __init__(self,
         params:Tensor|Iterable, # Model parameters, or lists of them (one per group)
         lr:float|slice, # Default learning rate, at least 0
@@ -111,6 +112,7 @@ AdamEpsFn = partial(AdamFn, eps=1e-4, eps_debiased=False)
 # %% ../nbs/08_warmup.ipynb #f65e8111
 class SGD(RuledAdam):
     "Momentum SGD with a debiased average of gradients: RAdam that never rectifies"
+    @fastai_names
     def __init__(self,
         params:Tensor|Iterable, # Model parameters, or lists of them (one per group)
         lr:float|slice, # Default learning rate, at least 0

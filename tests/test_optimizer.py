@@ -6,6 +6,7 @@ import fastai.optimizer as fo, pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
+import radam_fastai.all
 from radam_fastai.bucket import Buckets
 from radam_fastai.functional import can_fuse, has_fused_kernel, radam_step_
 from radam_fastai.optimizer import RAdam, RAdamFn, Ranger, RangerFn
@@ -45,6 +46,16 @@ def test_signature(ours, theirs):
     if ours is Ranger: b = [p for p in b if p.name in {'params', 'lr', 'mom', 'wd', 'eps', 'k', 'alpha'}]
     assert [(p.name, p.default) for p in a[:len(b)]] == [(p.name, p.default) for p in b]
     assert all(p.kind in (p.KEYWORD_ONLY, p.VAR_KEYWORD) for p in a[len(b):])
+
+@pytest.mark.parametrize('opt_func', ['RAdam', 'RAdamFn', 'Ranger', 'RangerFn', 'ranger', 'AdamFn', 'SGDFn'])
+@pytest.mark.parametrize('kw,hint', [(dict(betas=(.9, .99)), 'for betas use mom and sqr_mom'), (dict(weight_decay=.1), 'for weight_decay use wd'),
+                                     (dict(weight_decay=.1, decoupled_weight_decay=True), 'use wd, decouple_wd')], ids=['betas', 'decay', 'two'])
+def test_pytorchs_names(opt_func, kw, hint):
+    with pytest.raises(TypeError, match=hint): getattr(radam_fastai.all, opt_func)(params((3,)), lr=.1, **kw)
+
+def test_lower_case_ranger():
+    "As forum code writes it, where fastai has a function: the class, whose signature is tested above"
+    assert radam_fastai.all.ranger is Ranger
 
 @pytest.mark.parametrize('ours,theirs', [(RAdam, fo.RAdam), (Ranger, fo.ranger)])
 def test_hypers_and_state_keys(ours, theirs):

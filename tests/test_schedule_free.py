@@ -1,0 +1,327 @@
+"RAdamScheduleFree in a Learner beside the library's own loop, update by update, and at every event at which weights are read"
+import warnings
+from copy import deepcopy
+from functools import partial
+
+import pytest
+import torch
+from fastai.basics import Callback, CancelFitException, CancelStepException, Learner
+from fastai.callback.all import GradientAccumulation, SaveModelCallback
+from fastai.learner import load_learner
+from torch import nn
+
+from radam_fastai.checkpoint import load_strict
+from radam_fastai.optimizer import RAdamFn
+from radam_fastai.schedule_free import RAdamScheduleFree, RAdamScheduleFreeFn, ScheduleFree
+from test_learner import At, assert_same, flat, get_dls, get_learner as learner_of, get_model, halves, mse
+
+schedulefree = pytest.importorskip('schedulefree')
+HYPERS = dict(mom=.9, sqr_mom=.9, eps=1e-8, wd=.1) # with β2 .9 the rectifier is on from the fifth of 5 batches an epoch
+
+def get_learner(opt_func=partial(RAdamScheduleFree, **HYPERS), cbs=(), bn_batches=50, **kwargs):
+    return learner_of(opt_func, cbs=[ScheduleFree(bn_batches), *cbs], **kwargs)
+
+def is_norm(m): return isinstance(m, nn.BatchNorm2d)
+def norm_bias(model): return {p for m in model.modules() for n,p in m.named_parameters(recurse=False) if is_norm(m) or n == 'bias'}
+
+class Loop:
+    "The library's own loop over the same batches, decay kept off norms and biases as its users do it: by groups"
+    def __init__(self, lr, mom=.9, sqr_mom=.9, eps=1e-8, wd=.1, model=None):
+        self.dls,self.model = get_dls(torch.float64),(model or get_model()).double()
+        free,lrs = norm_bias(self.model),lr if isinstance(lr, list) else [lr]*2
+        groups = [dict(params=[p for p in g if (p in free) == f], lr=l, weight_decay=0. if f else wd)
+                  for g,l in zip(halves(self.model), lrs) for f in (False, True)]
+        self.opt = schedulefree.RAdamScheduleFree([g for g in groups if g['params']], betas=(mom, sqr_mom), eps=eps)
+        self.ys,self.xs = [],[]
+
+    def epoch(self):
+        self.model.train()
+        self.opt.train()
+        for x,y in self.dls.train:
+            self.opt.zero_grad()
+            mse(self.model(x), y).backward()
+            self.opt.step()
+            self.ys.append(self.flat())
+        self.opt.eval()
+        self.xs.append(self.flat())
+        return self
+
+    def flat(self): return torch.cat([p.detach().flatten().clone() for p in self.model.parameters()])
+
+class Weights(Callback):
+    "The model's weights after each update, and when an epoch is validated"
+    order = 100
+    def __init__(self): self.ys,self.xs = [],[]
+    def after_step(self): self.ys.append(flat(self.learn))
+    def before_validate(self): self.xs.append(flat(self.learn))
+
+def close(a, b, tol=1e-12): torch.testing.assert_close(a, b, rtol=tol, atol=tol)
+
+@pytest.mark.parametrize('lr', [.05, [.01, .05]], ids=['one lr', 'an lr for each group'])
+@pytest.mark.parametrize('wd', [0., .1])
+def test_equals_the_librarys_loop(lr, wd):
+    "y after every update, x at every validation, decay off norms and biases"
+    seen,loop = Weights(),Loop(lr, wd=wd)
+    get_learner().fit(3, lr, wd=wd, cbs=seen)
+    for _ in range(3): loop.epoch()
+    assert len(seen.ys) == 15 and (seen.ys[3] == seen.ys[0]).all() and (seen.ys[4] != seen.ys[3]).any() # the first updates are silent
+    close(seen.ys, loop.ys)
+    close(seen.xs, loop.xs)
+
+def test_discriminative_lrs():
+    loop,learn = Loop([.005, .05]),get_learner()
+    learn.fit(1, slice(.05))
+    close(flat(learn), loop.epoch().flat())
+
+def test_gradient_accumulation():
+    "Weights change every other batch, and are at y for all of them"
+    learn,loop = get_learner(cbs=[GradientAccumulation(8)]),Loop(.05)
+    learn.fit(2, .05)
+    loop.opt.train()
+    for i,(x,y) in enumerate(list(loop.dls.train)*2):
+        (mse(loop.model(x), y)/2).backward()
+        if i%2: loop.opt.step(), loop.opt.zero_grad()
+    loop.opt.eval()
+    assert learn.opt.opt.param_groups[0]['k'] == 5
+    close(flat(learn), loop.flat())
+
+def test_a_scheduled_mom():
+    "x is worked out with the β1 that y was made with: sequences of their own, in float64"
+    moms,lr,b2 = [.9, .8, .95, .85]*3,.05,.6
+    torch.manual_seed(0)
+    p = nn.Parameter(torch.randn(3, dtype=torch.float64))
+    grads = torch.randn(12, 3, dtype=torch.float64)
+    x,z,v,opt = p.detach().clone(),p.detach().clone(),0,RAdamScheduleFree([p], lr=lr, sqr_mom=b2, silent_sgd_phase=False) # plain SGD: ρ stays below 4
+    for t,(mom,g) in enumerate(zip(moms, grads), 1):
+        opt.set_hyper('mom', mom)
+        opt.train()
+        close(p.detach(), (1-mom)*z + mom*x)
+        p.grad = g.clone()
+        opt.step()
+        z = z - lr*g
+        x = x + (z-x)/t
+    opt.eval()
+    close(p.detach(), x)
+
+# ---- at x wherever weights are read
+
+class Stop(Callback):
+    "Ends the training in the middle of an epoch"
+    def __init__(self, error, at=7): self.error,self.at = error,at
+    def after_step(self):
+        if self.train_iter == self.at: raise self.error
+
+def at_x(learn):
+    "Whether the weights are x: as they are after `eval`, and not after `train`"
+    assert not learn.opt.opt.param_groups[0]['train_mode']
+    now = flat(learn)
+    learn.opt.train()
+    moved = (flat(learn) != now).any()
+    learn.opt.eval()
+    close(flat(learn), now)
+    return bool(moved)
+
+@pytest.mark.parametrize('error', [KeyboardInterrupt, CancelFitException, RuntimeError('out of memory')], ids=['Ctrl-C', 'cancelled', 'error'])
+@pytest.mark.parametrize('where', ['Learner', 'fit'])
+def test_however_training_ends(error, where):
+    cb = Stop(error)
+    learn = learner_of(partial(RAdamScheduleFree, **HYPERS), cbs=ScheduleFree() if where == 'Learner' else None)
+    try: learn.fit(3, .05, cbs=[cb, *[ScheduleFree()]*(where == 'fit')])
+    except (KeyboardInterrupt, RuntimeError): pass
+    loop = Loop(.05).epoch()
+    loop.opt.train()
+    for x,y in list(loop.dls.train)[:3]:
+        loop.opt.zero_grad()
+        mse(loop.model(x), y).backward()
+        loop.opt.step()
+    loop.opt.eval()
+    close(flat(learn), loop.flat())
+    assert at_x(learn)
+    learn.remove_cb(ScheduleFree)
+    assert '_do_epoch_train' not in vars(learn)
+
+def test_validate_and_predict_at_x():
+    seen = Weights()
+    learn = get_learner()
+    learn.fit(2, .05)
+    x = flat(learn)
+    learn.validate(cbs=seen), learn.get_preds(cbs=seen)
+    close(seen.xs, [x, x], 0)
+    assert at_x(learn)
+
+def test_save_in_the_middle_of_an_epoch(tmp_path):
+    "What is saved is x, and training goes on from y"
+    learn = get_learner(cbs=[At('after_step', lambda l: l.save('now'), {6})], path=tmp_path)
+    learn.fit(2, .05)
+    loop = Loop(.05)
+    for _ in range(2): loop.epoch()
+    close(flat(learn), loop.flat())
+    sd = torch.load(tmp_path/'models/now.pth', weights_only=True)
+    other = get_learner(path=tmp_path).load('now')
+    assert not sd['opt']['param_groups'][0]['train_mode'] and at_x(other)
+
+@pytest.mark.parametrize('load', [Learner.load, load_strict])
+def test_resume(load, tmp_path):
+    whole,half = get_learner(),get_learner(path=tmp_path)
+    whole.fit(4, .05)
+    half.fit(2, .05)
+    half.save('half')
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', message='.*optimizer state')
+        rest = load(get_learner(path=tmp_path), 'half')
+    rest.fit(2, .05)
+    close(flat(rest), flat(whole))
+
+@pytest.mark.parametrize('train', [False, True], ids=['saved at x', 'saved at y'])
+def test_goes_on_from_the_library(train):
+    "A checkpoint of the library's loop (in groups as here), in either mode"
+    learn,loop = get_learner(wd_bn_bias=True),Loop(.05, wd=0.)
+    loop.opt = schedulefree.RAdamScheduleFree([dict(params=list(g)) for g in halves(loop.model)], lr=.05, betas=(.9, .9), weight_decay=.1)
+    loop.epoch()
+    if train: loop.opt.train()
+    learn.create_opt()
+    learn.model.load_state_dict(loop.model.state_dict())
+    learn.opt.load_state_dict(loop.opt.state_dict())
+    assert learn.opt.opt.param_groups[0]['train_mode'] == train
+    learn.fit(1, .05, wd=.1)
+    close(flat(learn), loop.epoch().flat())
+
+def test_loaded_states_are_copies():
+    a,b = get_learner(),get_learner()
+    a.fit(2, .05)
+    b.create_opt()
+    b.opt.load_state_dict(a.opt.state_dict())
+    before = deepcopy(a.opt.state_dict())
+    b.fit(1, .05)
+    for s,t in zip(before['state'].values(), a.opt.state_dict()['state'].values()): assert torch.equal(s['z'], t['z'])
+
+def test_flags_survive_loading_and_freezing():
+    learn = get_learner()
+    learn.create_opt()
+    flags = lambda: [{k: s.get(k) for k in ('do_wd', 'force_train')} for s in (learn.opt.state[p] for pg in learn.opt.param_lists for p in pg)]
+    own = flags()
+    learn.opt.load_state_dict(Loop_state(learn))
+    assert flags() == own and any(f['do_wd'] is False for f in own)
+    learn.fit(2, .05)
+    x = flat(learn)
+    learn.freeze()
+    group = learn.opt.opt.param_groups[0]
+    assert flags() == own and (group['k'], group['weight_sum'], group['lr_max']) == (0, 0., -1.)
+    close(flat(learn), x, 0)
+
+def Loop_state(learn):
+    "A state without fastai's flags"
+    return schedulefree.RAdamScheduleFree([dict(params=list(pg)) for pg in learn.opt.param_lists]).state_dict()
+
+def test_lr_find_leaves_no_trace(tmp_path):
+    a,b = get_learner(path=tmp_path),get_learner()
+    for learn in (a, b): learn.fit(2, .05)
+    a.lr_find(num_it=10, show_plot=False)
+    for learn in (a, b): learn.fit(2, .05)
+    assert_same(a, b)
+
+def test_save_model_callback(tmp_path):
+    "Its best epoch, loaded without the optimizer at the end of the fit, is x of that epoch"
+    learn,loop = get_learner(path=tmp_path),Loop(.05)
+    learn.fit(3, .05, cbs=SaveModelCallback(every_epoch=True))
+    saved = torch.load(tmp_path/'models/model_1.pth', weights_only=True)
+    loop.epoch().epoch()
+    close(torch.cat([saved[n].flatten() for n,_ in learn.model.named_parameters()]), loop.flat())
+
+def test_export(tmp_path):
+    learn = get_learner(path=tmp_path)
+    learn.fit(2, .05)
+    x,preds = flat(learn),learn.get_preds()[0]
+    learn.export()
+    close(flat(learn), x, 0)
+    assert at_x(learn)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        again = load_learner(tmp_path/'export.pkl')
+    close(again.get_preds(dl=learn.dls.valid)[0], preds)
+
+def test_mixed_precision_skips():
+    "A step that a gradient scaler skips is no step"
+    def skip(l): raise CancelStepException
+    learn,loop = get_learner(cbs=[At('before_step', skip, {0, 6})]),Loop(.05)
+    learn.fit(2, .05)
+    assert learn.opt.opt.param_groups[0]['k'] == 8 and at_x(learn)
+
+# ---- batch norm
+
+def test_batch_norm_is_of_x():
+    "The statistics at validation are the mean over the training batches at x"
+    learn = get_learner()
+    learn.fit(2, .05)
+    conv,norm = learn.model[0][:2]
+    with torch.no_grad(): acts = [conv(x) for x,_ in learn.dls.train]
+    close(norm.running_mean, torch.stack([a.mean((0,2,3)) for a in acts]).mean(0))
+    close(norm.running_var, torch.stack([a.var((0,2,3)) for a in acts]).mean(0))
+    assert norm.momentum == .1
+
+@pytest.mark.parametrize('error', [KeyboardInterrupt, CancelFitException])
+def test_batch_norm_after_an_interruption(error):
+    learn,again = get_learner(cbs=[Stop(error)]),get_learner()
+    try: learn.fit(3, .05)
+    except KeyboardInterrupt: pass
+    preds = learn.get_preds()[0]
+    again.model.load_state_dict(learn.model.state_dict())
+    norm = again.model[0][1]
+    norm.reset_running_stats()
+    norm.momentum = None
+    for x,_ in again.dls.train: again.model.train()(x)
+    close(preds, again.get_preds()[0])
+
+def test_recalibration_changes_nothing_else():
+    "No random number moves on: shuffled batches and dropout are the same with and without"
+    def go(bn_batches):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Sequential(nn.Conv2d(2, 3, 2), nn.BatchNorm2d(3)), nn.Sequential(nn.Dropout(.5), nn.Flatten(), nn.Linear(27, 2)))
+        learn = get_learner(bn_batches=bn_batches, model=model)
+        learn.dls.train.shuffle = True
+        learn.dls.train.rng.seed(1)
+        torch.manual_seed(1)
+        learn.fit(3, .05)
+        return flat(learn)
+    close(go(0), go(50), 0)
+
+def test_frozen_norms_keep_their_statistics():
+    class Frozen(Callback):
+        def before_train(self): self.model[0][1].eval()
+    learn = get_learner(cbs=[Frozen()])
+    learn.fit(2, .05)
+    assert (learn.model[0][1].running_mean == 0).all()
+
+# ---- said at once
+
+def test_without_the_callback():
+    with pytest.raises(RuntimeError, match=r'cbs=ScheduleFree\(\)'): learner_of(RAdamScheduleFreeFn).fit(1)
+
+def test_with_another_optimizer():
+    with pytest.raises(TypeError, match="this Learner's optimizer is RAdam"): get_learner(RAdamFn).fit(1)
+
+def test_without_the_package(monkeypatch):
+    monkeypatch.setattr('radam_fastai.schedule_free.find_spec', lambda _: None)
+    with pytest.raises(ImportError, match=r"pip install 'radam_fastai\[schedulefree\]'"): get_learner().fit(1)
+
+@pytest.mark.parametrize('kw,match', [(dict(mom=0.), 'above 0'), (dict(mom=1.), 'mom .* got 1.0'), (dict(sqr_mom=1.), 'sqr_mom'), (dict(lr=-1.), 'lr'),
+                                      (dict(eps=-1.), 'eps'), (dict(wd=-1.), 'wd')], ids=str)
+def test_hypers_out_of_range(kw, match):
+    ps = [nn.Parameter(torch.ones(2))]
+    with pytest.raises(ValueError, match=match): RAdamScheduleFree(ps, **{'lr': .1, **kw})
+    opt = RAdamScheduleFree(ps, lr=.1)
+    opt.train()
+    k,v = *kw,*kw.values()
+    opt.hypers[0][k] = v
+    with pytest.raises(ValueError, match=match): opt.step()
+
+@pytest.mark.parametrize('change,match', [
+    (lambda sd: {'hypers': []}, 'not the state of a PyTorch optimizer'),
+    (lambda sd: torch.optim.RAdam([nn.Parameter(torch.ones(2))]).state_dict(), 'have no k, '),
+    (lambda sd: {**sd, 'param_groups': sd['param_groups']*2}, r'\[1, 1\] parameters, .* \[1\]'),
+    (lambda sd: {**sd, 'state': {0: dict(z=torch.ones(3))}}, r'z of parameter 0 has shape \(3,\)')], ids=['fastai', 'torch', 'groups', 'shape'])
+def test_states_that_do_not_fit(change, match):
+    opt = RAdamScheduleFree([nn.Parameter(torch.ones(2))], lr=.1)
+    before = deepcopy(opt.state_dict())
+    with pytest.raises(ValueError, match=match): opt.load_state_dict(change(deepcopy(before)))
+    assert opt.state_dict() == before
