@@ -74,6 +74,8 @@ def _from_fastai(sd):
     for i,s in enumerate(sd['state']): _check_names(s, _state_names, f'state {i}')
     return dict(sd)
 
+_not_hypers = 'rect','effective_lr' # which the recorder once left among the hyper-parameters of a checkpoint
+
 def read_state(
     sd:dict, # State dict of fastai's RAdam, Adam or ranger, of PyTorch's RAdam or AdamW, or of the authors' RAdam
     decouple_wd:bool|None=None, # Whether the optimizer that reads it decouples weight decay; `None`: it takes either
@@ -84,7 +86,8 @@ def read_state(
     if {'state', 'param_groups'} <= set(sd): sd = _from_torch(sd, decouple_wd, maximize)
     elif {'state', 'hypers'} <= set(sd): sd = _from_fastai(sd)
     else: raise ValueError(f"not the state of a fastai or PyTorch optimizer: it has {', '.join(map(str, sd)) or 'nothing'}, not state and hypers or param_groups")
-    return {**sd, 'hypers': [{k: as_float(v, f'group {i} of the checkpoint: {k}') for k,v in h.items()} for i,h in enumerate(sd['hypers'])]}
+    return {**sd, 'hypers': [{k: as_float(v, f'group {i} of the checkpoint: {k}') for k,v in h.items() if k not in _not_hypers}
+                             for i,h in enumerate(sd['hypers'])]}
 
 # %% ../nbs/03_checkpoint.ipynb #6348014c
 def check_count(
@@ -228,14 +231,15 @@ def check_model(
 def _for_fastai(opt, sd):
     "`sd`, its averages in the dtypes of the parameters, if `opt` is fastai's Adam, RAdam or ranger; a `ValueError` that names what differs unless it fits"
     if type(opt) not in (Optimizer, Lookahead) or not set(_required) <= set(opt.hypers[0]) <= {*_required, 'beta'}: return sd
-    check_fit(read_state(sd), opt.param_lists, opt.hypers)
+    own = read_state(sd)
+    check_fit(own, opt.param_lists, opt.hypers)
     if 'hypers' not in sd: raise ValueError("this is the state of a PyTorch optimizer, which fastai's cannot read")
     if isinstance(opt, Lookahead) != ('slow_weights' in sd): raise ValueError("one of the optimizer and its state is a Lookahead optimizer's (with slow_weights), the other is not")
     if isinstance(opt, Lookahead):
         check_count(sd.get('count'), 'count')
         check_slow_weights(sd['slow_weights'], opt.param_lists)
     ps = (p for pg in opt.param_lists for p in pg)
-    return {**sd, 'state': [{k: v.to(p.dtype) if k in _averages else v for k,v in s.items()} for s,p in zip(sd['state'], ps)]}
+    return {**sd, 'hypers': own['hypers'], 'state': [{k: v.to(p.dtype) if k in _averages else v for k,v in s.items()} for s,p in zip(sd['state'], ps)]}
 
 # %% ../nbs/12_guard.ipynb #9457dd51
 def load_all(
