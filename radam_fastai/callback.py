@@ -46,11 +46,12 @@ class _StepWatcher(Callback):
     def before_batch(self): self.under_way = False
     def before_step(self): self.under_way = any(p.grad is not None for pg in self.opt.param_lists for p in pg) # or nothing is updated
     def after_cancel_step(self): self.under_way = self.skipped = True # fastai goes on to `after_step`, but nothing was stepped
-    def after_step(self):
-        if not self.under_way: return
-        self.stepped()
+    def after_step(self, cancelled=False):
+        if self.under_way and (not cancelled or self.skipped or self.has_stepped()): self.stepped()
         self.under_way = self.skipped = False
-    after_cancel_batch = after_cancel_train = after_cancel_epoch = after_cancel_fit = after_step
+    def _after_cancel(self): self.after_step(cancelled=True)
+    after_cancel_batch = after_cancel_train = after_cancel_epoch = after_cancel_fit = _after_cancel
+    def has_stepped(self): return True # where something was cancelled: had the optimizer stepped by then?
 
 # %% ../nbs/10_callback.ipynb #43de6969
 EVENTS = '', 'skipped', 'restart'
@@ -63,6 +64,9 @@ class _Rows(_StepWatcher):
     def before_fit(self):
         super().before_fit()
         self.run,self.how = not in_finder(self.learn) and not hasattr(self, 'gather_preds'),rectifier(self.opt)
+
+    def has_stepped(self):
+        return any(not n or n != self.last.get(group, {}).get(i) for group,counts in enumerate(param_counts(self.opt)) for i,n in counts.items())
 
     def stepped(self):
         for group,(counts,hyper) in enumerate(zip(param_counts(self.opt), self.opt.hypers)):
@@ -264,7 +268,7 @@ def plot(self:RectifierRecorder,
     "Draw r_t, and the learning rate as set (dashed) and as taken (dotted in the momentum phase), over the updates"
     df = self.to_frame()
     if df.empty: raise ValueError("nothing is recorded yet: fit first")
-    axs = new_axes(axs, n=2, sharex=True)
+    axs = new_axes(axs, n=2, figsize=(9, 3.6), sharex=True)
     for ax,draw in zip(axs, (plot_rect, plot_lr)): draw(df, ax)
     return axs
 

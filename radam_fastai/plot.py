@@ -72,10 +72,11 @@ def _shade_momentum(ax, df):
         ax.axvspan(lo, hi, color='lightgrey', alpha=.6, lw=0, zorder=0)
         ax.text(hi, .98, ' momentum phase', transform=ax.get_xaxis_transform(), rotation=90, va='top', ha='left', fontsize='small', color='dimgrey')
 
-def _legend(ax, *more):
-    "A legend of what is drawn, and of `more` lines"
-    handles = [*ax.get_legend_handles_labels()[0], *more]
-    if len(handles) > 1: ax.legend(handles=handles)
+def _legend(ax, **kwargs):
+    if len(ax.get_legend_handles_labels()[1]) > 1: ax.legend(**kwargs)
+
+_below = dict(loc='upper center', bbox_to_anchor=(.5, -.18), ncols=3, fontsize='small', frameon=False) # a legend that covers no curve
+_rates = [plt.Line2D([], [], color='grey', **o) for o in (dict(ls='--', lw=1, label='as set'), dict(label='lr·$r_t$'), dict(ls=':', label='momentum SGD'))]
 
 def plot_rect(
     df:pd.DataFrame, # Rows of `RectifierRecorder`
@@ -90,7 +91,7 @@ def plot_rect(
         ax.plot(update[skipped], np.zeros(skipped.sum()), 'x', color=color(i))
     _shade_momentum(ax, df)
     ax.set(title='How much the rectifier lets through', xlabel='update', ylabel='rectification $r_t$', ylim=(-.02, 1.05))
-    if ax.lines: ax.legend(loc='lower right')
+    if ax.lines: ax.legend(**_below)
     return ax
 
 def plot_lr(
@@ -105,7 +106,7 @@ def plot_lr(
         ax.plot(rows['update'], rows.effective_lr.where(rows.adaptive), color=color(i), label=label)
     _shade_momentum(ax, df)
     ax.set(title='Learning rate', xlabel='update', ylabel='learning rate')
-    _legend(ax, *(plt.Line2D([], [], color='grey', **o) for o in (dict(ls='--', lw=1, label='as set'), dict(label='lr·$r_t$'), dict(ls=':', label='of momentum SGD'))))
+    if ax.lines: ax.legend(handles=[*ax.get_legend_handles_labels()[0], *_rates], **_below)
     return ax
 
 # %% ../nbs/07_plot.ipynb #85ddca6b
