@@ -739,7 +739,11 @@ def find_non_finite(
     return "the norm of all gradients" if num_distrib() < 2 else "a loss or a gradient of another process"
 
 # %% ../nbs/12_guard.ipynb #9565250a
-def _writable(b): return b.layout == torch.strided and not any(st == 0 and n > 1 for st,n in zip(b.stride(), b.shape))
+def _core(b):
+    "A view of the elements of `b`, each once: an `expand` repeats them"
+    for dim,(stride,n) in enumerate(zip(b.stride(), b.shape)):
+        if stride == 0 and n > 1: b = b.narrow(dim, 0, 1)
+    return b
 
 class _Buffers:
     "A copy of the buffers of a model"
@@ -751,18 +755,20 @@ class _Buffers:
         for k,b in now.items():
             was = old.get(k)
             if b is None: self.kept[k] = None
-            elif was is None or was[0] is not b or was[1].shape != b.shape or not _writable(b): self.kept[k] = b,b.detach().clone()
+            elif b.layout != torch.strided: self.kept[k] = b,b.detach().clone()
+            elif was is None or was[0] is not b or was[1].shape != _core(b).shape: self.kept[k] = b,_core(b).detach().clone()
             else:
                 self.kept[k] = was
-                groups[b.device, b.dtype].append((was[1], b))
+                groups[b.device, b.dtype].append((was[1], _core(b)))
         for pairs in groups.values(): torch._foreach_copy_(*map(list, zip(*pairs)))
 
     def put_back(self):
         for (m,name),was in self.kept.items():
-            b = m._buffers.get(name)
             if was is None: getattr(m, 'reset_running_stats', lambda: None)()
-            elif b is not was[0] or not _writable(b): m._buffers[name] = was[1]
-            elif not b.equal(was[1]): b.detach().copy_(was[1])
+            elif was[0].layout != torch.strided: m._buffers[name] = was[1]
+            else:
+                m._buffers[name],b = was[0],_core(was[0])
+                if not b.equal(was[1]): b.detach().copy_(was[1])
 
 # %% ../nbs/12_guard.ipynb #7552598c
 class StopOnNonFinite(_StepWatcher):

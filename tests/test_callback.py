@@ -452,7 +452,7 @@ class SaveEachBatch(Callback):
 
 ends = {'short epochs': lambda: ShortEpochCallback(pct=.5), **{f'{e.__name__} in {event}, order {order}': partial(Raise, e, event, order)
         for e in (CancelBatchException, CancelTrainException, CancelEpochException, CancelFitException, KeyboardInterrupt, OSError)
-        for event in ('after_step', 'after_batch') for order in (0, 99) if (e, event) != (CancelBatchException, 'after_batch')}}
+        for event,order in (('after_step', 0), ('after_batch', 0), ('after_batch', 99)) if (e, event) != (CancelBatchException, 'after_batch')}}
 
 def clean(learn): return not any({'rect', 'effective_lr'} & set(h) for h in learn.opt.hypers)
 
