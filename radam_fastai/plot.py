@@ -27,30 +27,56 @@ def new_axes(
     ax=None, # Matplotlib axes, or an array of `n`
     n:int=1, # How many, side by side
     figsize:tuple=None, # Of a new figure, inches (4.5 by 3 for each of the axes)
+    **kwargs # Further arguments of `plt.subplots`
 ): # `ax`, or new axes
     "Axes to draw into"
-    return plt.subplots(1, n, figsize=figsize or (4.5*n, 3), layout='constrained')[1] if ax is None else ax
+    return plt.subplots(1, n, figsize=figsize or (4.5*n, 3), layout='constrained', **kwargs)[1] if ax is None else ax
 
 # %% ../nbs/07_plot.ipynb #e91ebfff
 def update_numbers(
     df:pd.DataFrame, # Rows of `RectifierRecorder`
-) -> np.ndarray: # int, one per row, from 1
-    "The update that each row belongs to"
+) -> np.ndarray: # int, one per row
+    "The update that each row belongs to, from the step count of the first"
+    if df.empty: return np.array([], dtype=int)
     place,within = df[['epoch', 'batch']].to_numpy(),df[['group', 'step']].to_numpy()
     moved = (place[1:] != place[:-1]).any(1)
     (group,step),(last_group,last_step) = within[1:].T,within[:-1].T
     again = (group < last_group) | (group == last_group) & (step <= last_step)
-    return np.cumsum([1, *(moved | again)][:len(df)])
+    n = np.cumsum([1, *(moved | again)])
+    return n + max(0, df.step[n == 1].max()-1)
 
 # %% ../nbs/07_plot.ipynb #b3481158
-def _lines(df):
-    "For each line to draw: its label, its updates, its rows"
+def _parts(df):
+    "For each group, and those in it that joined later: label and rows, with their `update`"
     df = df.assign(update=update_numbers(df))
     df['late'] = df.groupby(['group', 'update']).cumcount(ascending=False)
-    for (group,late),rows in df.groupby(['group', 'late']): yield f'group {group}' + ', joined later'*bool(late),rows['update'],rows
+    for (group,late),rows in df.groupby(['group', 'late']): yield f'group {group}' + ', joined later'*bool(late),rows
 
-def _legend(ax):
-    if len(ax.get_legend_handles_labels()[1]) > 1: ax.legend()
+def _lines(df, values):
+    "Label and rows of each line to draw; those that agree in `values` are one"
+    lines = []
+    for label,rows in _parts(df):
+        same = next((l for l in lines if len(l[1]) == len(rows) and np.array_equal(l[1][values], rows[values], equal_nan=True)), None)
+        if same: same[0] += f', {label.removeprefix("group ")}'
+        else: lines.append([label, rows])
+    return [(label.replace('group', 'groups') if label.replace(', joined later', '').count(',') else label, rows) for label,rows in lines]
+
+# %% ../nbs/07_plot.ipynb #5b39f1df
+def _shade_momentum(ax, df):
+    "Shade the updates at which nothing was adaptive yet"
+    df = df.assign(update=update_numbers(df))
+    waits = (df.rho.notna() & ~df.adaptive).groupby(df['update']).all()
+    starts = waits & ~waits.shift(fill_value=False)
+    for _,span in waits[waits].groupby(starts.cumsum()[waits]):
+        lo,hi = span.index[0]-.5,span.index[-1]+.5
+        ax.axvspan(lo, hi, color='lightgrey', alpha=.6, lw=0, zorder=0)
+        ax.text(hi, .98, ' momentum phase', transform=ax.get_xaxis_transform(), rotation=90, va='top', ha='left', fontsize='small', color='dimgrey')
+
+def _legend(ax, **kwargs):
+    if len(ax.get_legend_handles_labels()[1]) > 1: ax.legend(**kwargs)
+
+_below = dict(loc='upper center', bbox_to_anchor=(.5, -.18), ncols=3, fontsize='small', frameon=False) # a legend that covers no curve
+_rates = [plt.Line2D([], [], color='grey', **o) for o in (dict(ls='--', lw=1, label='as set'), dict(label='lr·$r_t$'), dict(ls=':', label='momentum SGD'))]
 
 def plot_rect(
     df:pd.DataFrame, # Rows of `RectifierRecorder`
@@ -58,13 +84,14 @@ def plot_rect(
 ): # The axes
     "r_t over the updates; dotted lines are restarts, crosses skipped updates"
     ax = new_axes(ax)
-    for i,(label,update,rows) in enumerate(_lines(df)):
+    for i,(label,rows) in enumerate(_lines(df, ['update', 'rect'])):
+        update,skipped = rows['update'],rows.event == 'skipped'
         ax.plot(update, rows.rect, color=color(i), label=label)
         for x in update[rows.event == 'restart']: ax.axvline(x, ls=':', lw=1, color='grey')
-        skipped = rows.event == 'skipped'
         ax.plot(update[skipped], np.zeros(skipped.sum()), 'x', color=color(i))
-    ax.set(xlabel='update', ylabel='rectification $r_t$', ylim=(-.02, 1.05))
-    _legend(ax)
+    _shade_momentum(ax, df)
+    ax.set(title='How much the rectifier lets through', xlabel='update', ylabel='rectification $r_t$', ylim=(-.02, 1.05))
+    if ax.lines: ax.legend(**_below)
     return ax
 
 def plot_lr(
@@ -73,12 +100,13 @@ def plot_lr(
 ): # The axes
     "The effective learning rate over the updates, dotted in the momentum phase; dashed as it was set"
     ax = new_axes(ax)
-    for i,(label,update,rows) in enumerate(_lines(df)):
-        ax.plot(update, rows.lr, ls='--', lw=1, color=color(i))
-        ax.plot(update, rows.effective_lr.where(~rows.adaptive), ls=':', color=color(i))
-        ax.plot(update, rows.effective_lr.where(rows.adaptive), color=color(i), label=label)
-    ax.set(xlabel='update', ylabel='learning rate')
-    _legend(ax)
+    for i,(label,rows) in enumerate(_lines(df, ['update', 'lr', 'effective_lr'])):
+        ax.plot(rows['update'], rows.lr, ls='--', lw=1, color=color(i))
+        ax.plot(rows['update'], rows.effective_lr.where(~rows.adaptive), ls=':', color=color(i))
+        ax.plot(rows['update'], rows.effective_lr.where(rows.adaptive), color=color(i), label=label)
+    _shade_momentum(ax, df)
+    ax.set(title='Learning rate', xlabel='update', ylabel='learning rate')
+    if ax.lines: ax.legend(handles=[*ax.get_legend_handles_labels()[0], *_rates], **_below)
     return ax
 
 # %% ../nbs/07_plot.ipynb #85ddca6b

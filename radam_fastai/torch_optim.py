@@ -22,7 +22,7 @@ from fastcore.foundation import L
 from torch import Tensor
 
 from .bucket import Buckets, torch_keys
-from .checkpoint import check_fit, hyper_names, keep_flags, read_state
+from .checkpoint import check_fit, hyper_names, keep_flags, read_state, readings
 from .functional import check_hypers, copy_like
 
 # %% ../nbs/05_torch_optim.ipynb #200f3859
@@ -84,6 +84,7 @@ def __setstate__(self:RAdam, state):
     for g in self.param_groups:
         if 'buffer' in g: g.setdefault('decoupled_weight_decay', True) # the authors' RAdam, which knows no other decay
         for k,v in self.defaults.items(): g.setdefault(k, v)
+        for k in readings: g.pop(k, None)
         g.update(capturable=False, differentiable=False) # how the checkpoint was stepped, not what is in it
 
 # %% ../nbs/05_torch_optim.ipynb #e9af7ea2

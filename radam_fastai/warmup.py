@@ -128,20 +128,20 @@ SGDFn = partial(SGD, wd=RAdamFn.keywords['wd'])
 
 # %% ../nbs/09_advisor.ipynb #34f61632
 import math
-import warnings
 from bisect import bisect_right
 from dataclasses import dataclass
 from numbers import Real
 
 import numpy as np
+import torch
 from fastai.callback.core import Callback
-from fastai.callback.schedule import ParamScheduler, combined_cos
+from fastai.callback.schedule import Learner, ParamScheduler, combined_cos
 from fastai.callback.training import GradientAccumulation
 from fastai.torch_core import rank_distrib
 from fastcore.basics import patch
 
 from .plot import plot_warmup
-from .readout import Rectifier, in_finder, rectifier, updates_made
+from .readout import Rectifier, in_finder, no_rectifier, read, rectifier, updates_made
 from .rectify import check_sqr_mom, rectification, rho_inf
 
 # %% ../nbs/09_advisor.ipynb #08ce8683
@@ -171,6 +171,7 @@ def steps_to(
     step = 1 + bisect_right(range(1, never), share, key=lambda t: how.rule(t, sqr_mom) or 0.)
     return None if step >= never else step
 
+def _share(r): return f'{r:.3f}' if r else 'momentum'
 def _when(step): return 'never' if step is None else f'update {step:,}'
 
 # %% ../nbs/09_advisor.ipynb #4346ceae
@@ -190,6 +191,8 @@ class WarmupReport:
     def n_steps(self): return len(self.rect)
     @property
     def mean(self): return float(self.r.mean()) # a momentum step counts as 0
+    @property
+    def adaptive_mean(self): return float(np.nanmean(self.rect)) if self.r.any() else math.nan # without momentum steps
     def at(self, share:float): return float(self.r[max(0, math.ceil(share*self.n_steps)-1)]) # r_t when `share` of the run is over
 
 # %% ../nbs/09_advisor.ipynb #b296e901
@@ -201,23 +204,34 @@ def _advice(how, sqr_mom, rect, schedule, start, full):
     elif last <= FULL:
         fits = [b for b in (.999, .99, .9) if b < sqr_mom and (steps_to(how, b, FULL) or math.inf) <= end/2]
         change = f"sqr_mom={fits[0]:g} (above {FULL} from {_when(steps_to(how, fits[0], FULL))} on) or " if fits else ""
-        yield f"r_t is still {last:.2f} when the run ends: the learning rate that you set is never used. Use {change}a longer run."
+        least = "no adaptive update takes the whole of the learning rate that you set" if last else "every update is momentum SGD's"
+        yield f"r_t is still {last:.2f} when the run ends: {least}. Use {change}a longer run."
     if peak and schedule[0] < FULL and not rect[0] > FULL:
         yield (f"The schedule warms up over {peak:,} updates while the rectifier does: together they leave {np.nan_to_num(schedule*rect)[:peak].mean():.2f} "
                "of the highest learning rate until then, on average. fit_flat_cos leaves the warm-up to the rectifier.")
 
+# %% ../nbs/09_advisor.ipynb #84ded492
+def _as_rectifier(opt):
+    "The rectifier and the β2 of what `warmup_report` takes"
+    if isinstance(opt, Real):
+        check_sqr_mom(opt)
+        return Rectifier(rectification),float(opt)
+    if isinstance(opt, Learner): return _as_rectifier(opt.opt or opt.opt_func)
+    if callable(opt): opt = opt([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+    how = rectifier(opt)
+    if not how: raise ValueError(f"{no_rectifier(opt)}: there is nothing to report")
+    return how,read(how, 0, opt.hypers[-1]).sqr_mom
+
 # %% ../nbs/09_advisor.ipynb #8e19fe76
 def warmup_report(
-    opt, # Optimizer with a rectifier, or β2 in [0, 1) for RAdam's
+    opt, # Learner, optimizer or `opt_func` with a rectifier, or β2 in [0, 1) for RAdam's
     n_steps:int, # Updates in the run, at least 1
     schedule=None, # Of the learning rate: a name in `SCHEDULES`, or a function of the progress in [0, 1); constant if not given
     start:int=0, # Updates before the run
 ) -> WarmupReport: # Prints as text; `plot` draws it
     "When the rectifier of `opt` sets in, how much of the learning rate it lets through in a run, and what to do about it"
     if n_steps != int(n_steps) or n_steps < 1: raise ValueError(f"n_steps must be a whole number of at least 1, got {n_steps}")
-    if isinstance(opt, Real): check_sqr_mom(opt)
-    how,sqr_mom = (Rectifier(rectification),float(opt)) if isinstance(opt, Real) else (rectifier(opt),opt.hypers[-1].get('sqr_mom'))
-    if how is None: raise ValueError(f"{type(opt).__name__} has no rectifier: there is nothing to report")
+    how,sqr_mom = _as_rectifier(opt)
     shape = None if schedule is None else schedule_shape(schedule, n_steps)
     rect = np.array([math.nan if r is None else r for r in (how.rule(t, sqr_mom) for t in range(start+1, start+1+n_steps))])
     full = steps_to(how, sqr_mom, FULL)
@@ -228,7 +242,8 @@ def warmup_report(
 def __repr__(self:WarmupReport):
     head = f"rectifier with sqr_mom={self.sqr_mom:g} over {self.n_steps:,} updates" + f" (after {self.start:,})"*bool(self.start)
     rows = {'first adaptive update': _when(self.first_adaptive), f'r_t above {FULL} from': _when(self.steps_to_full),
-            'r_t at 10 % of the run': f'{self.at(.1):.3f}', 'r_t at 50 % of the run': f'{self.at(.5):.3f}', 'mean r_t': f'{self.mean:.3f}'}
+            'r_t at 10 % of the run': _share(self.at(.1)), 'r_t at 50 % of the run': _share(self.at(.5)),
+            'mean r_t': f'{self.mean:.3f}, over the adaptive updates {self.adaptive_mean:.3f}' if self.r.any() else 'momentum'}
     return '\n'.join([head, *(f'  {k:<24}{v}' for k,v in rows.items()), *(f'  → {o}' for o in self.advice)])
 
 @patch
@@ -246,12 +261,8 @@ class WarmupAdvisor(Callback):
     def before_train(self):
         if self.said or in_finder(self.learn): return
         self.said = True
-        if rectifier(self.opt) is None:
-            print(f"WarmupAdvisor: the optimizer ({type(self.opt).__name__}) has no rectifier, nothing to advise")
-            return
-        report = warmup_report(self.opt, self._n_steps(), self._schedule(), updates_made(self.opt))
-        print(report)
-        for o in report.advice: warnings.warn(o)
+        if rectifier(self.opt): print(warmup_report(self.opt, self._n_steps(), self._schedule(), updates_made(self.opt)))
+        else: print(f"WarmupAdvisor: {no_rectifier(self.opt)}, nothing to advise")
 
     def _schedule(self): return next((cb.scheds['lr'] for cb in self.learn.cbs if isinstance(cb, ParamScheduler) and 'lr' in cb.scheds), None)
 

@@ -1,17 +1,20 @@
 """The recorder's rows against the updates that the parameters really made, and against the formula on independent counts."""
-import errno, math, subprocess, sys, types, warnings
+import copy, errno, json, math, pickle, re, subprocess, sys, types, warnings
 from functools import partial
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import fastai.optimizer as fo, matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest, torch
-from fastai.basics import Callback, CancelStepException, DataLoaders, Learner, OptimWrapper, load_learner
-from fastai.callback.all import CSVLogger, GradientAccumulation, ProgressCallback
+from fastai.basics import (Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException,
+                            DataLoaders, Learner, OptimWrapper, load_learner)
+from fastai.callback.all import CSVLogger, GradientAccumulation, ProgressCallback, ShortEpochCallback
 from torch import nn
 
 from radam_fastai import callback
 from radam_fastai.callback import KeepGoing, LogTo, RectifierRecorder, check_csv, rectified_lr_find
+from radam_fastai.checkpoint import load_strict
 from radam_fastai.optimizer import RAdam, Ranger, reference_settings
+from radam_fastai.readout import param_counts, rectifier, step_counts, updates_made
 from radam_fastai.torch_optim import RAdamWrapper
 from reference import plain_rect
 
@@ -186,6 +189,41 @@ def test_restarts():
     df = learn.rectifier.to_frame().query('group == 0').reset_index()
     assert df.event[df.event != ''].to_dict() == {8: 'restart', 16: 'restart'} and df.step[16] == 101
 
+@pytest.mark.parametrize('name', opts)
+def test_to_go_on_from_a_file_is_no_restart(name, tmp_path):
+    learn = get_learner(opts[name], path=tmp_path)
+    learn.fit(2, .01)
+    learn.save('a')
+    again = get_learner(opts[name], path=tmp_path)
+    again.create_opt()
+    again.load('a')
+    again.fit(1, .01)
+    df = again.rectifier.to_frame().query('group == 0')
+    assert df.step.tolist() == list(range(17, 25)) and not df.event.any()
+    x = again.rectifier.plot()[0].lines[0].get_xdata()
+    assert list(x) == df.step.tolist()
+    plt.close('all')
+
+@pytest.mark.filterwarnings('ignore:You are shadowing:UserWarning')
+@pytest.mark.parametrize('opt_func', [RAdam, fo.RAdam])
+def test_networks_that_are_trained_in_turn_do_not_restart(opt_func):
+    from fastai.vision.gan import FixedGANSwitcher, GANLearner
+    ds = Data((torch.randn(3), torch.randn(2)) for _ in range(64))
+    dls = DataLoaders.from_dsets(ds, ds, bs=4, device='cpu', num_workers=0)
+    learn = GANLearner(dls, nn.Linear(3, 2), nn.Sequential(nn.Linear(2, 1), nn.Flatten(0)), lambda fake, out, y: fake.mean(),
+                       lambda real, fake: (real-fake).mean(), FixedGANSwitcher(2, 1), opt_func=opt_func, cbs=RectifierRecorder())
+    with learn.no_bar(), learn.no_logging(): learn.fit(2, .01)
+    df = learn.rectifier.to_frame()
+    assert not df.event.any() and len(df.drop_duplicates(['epoch', 'batch'])) == 32
+    counts = learn.opt.state[learn.model.critic[0].weight]['step'],learn.opt.state[learn.model.generator.weight]['step']
+    assert set(counts) <= set(df.step) and (opt_func is fo.RAdam or counts == (21, 11)) # fastai's steps an idle network, too: it writes zeros
+
+def test_parameters_that_join_later_do_not_restart():
+    learn = get_learner(RAdam, splitter=lambda m: [list(m.parameters())])
+    late(learn)
+    df = learn.rectifier.to_frame()
+    assert not df.event.any() and len(df) == 8 + 2*16
+
 def test_leaves_no_rows_elsewhere():
     learn = get_learner(RAdam)
     learn.fit(1, .01)
@@ -231,11 +269,95 @@ def test_plot():
     y = axs[0].lines[0].get_ydata()
     assert np.isnan(y[:5]).all() and y[5] == pytest.approx(plain_rect(6, .99, 5)) and axs[1].get_xlabel() == 'update'
 
+def foreign(module, name, **kw): return partial(OptimWrapper, opt=lambda ps, lr, **kws: getattr(pytest.importorskip(module), name)(ps, lr=lr, **kws), **kw)
+
+class Train(Callback):
+    "schedulefree wants to be told"
+    order = -5
+    def before_train(self): self.opt.opt.train()
+    def after_train(self): self.opt.opt.eval()
+
+def lookahead(opt): return lambda *args, **kwargs: fo.Lookahead(opt(*args, **kwargs), k=100)
+
+others = { # opt_func, β2, the ρ it rectifies above, whether momentum moves the weights until then
+    'Lookahead(RAdamWrapper)': (lookahead(partial(RAdamWrapper, betas=(.9, .99))), .99, 5, True),
+    'Lookahead(torch)': (lookahead(opts['torch']), .99, 5, True),
+    'optimi': (foreign('optimi', 'RAdam'), .99, 5, True),
+    'timm': (foreign('timm.optim', 'RAdamLegacy'), .999, 5, True),
+    'schedulefree': (foreign('schedulefree', 'RAdamScheduleFree'), .999, 4, False),
+    'schedulefree, not silent': (foreign('schedulefree', 'RAdamScheduleFree', silent_sgd_phase=False), .999, 4, True),
+    'pytorch_optimizer': (foreign('pytorch_optimizer', 'RAdam'), .999, 5, False),
+    'pytorch_optimizer, SGD first': (foreign('pytorch_optimizer', 'RAdam', degenerated_to_sgd=True), .999, 5, True)}
+
+@pytest.mark.parametrize('name', others)
+def test_other_radams_are_read(name):
+    "Step count, r_t by the plain formula; and no update moves the weights where the recorder says that none does"
+    opt_func,sqr_mom,threshold,moves = others[name]
+    learn = get_learner(opt_func, cbs=[moved := Moved()] + [Train()]*name.startswith('schedulefree'))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        learn.fit(2, .01)
+    df = learn.rectifier.to_frame().query('group == 0')
+    expect = [plain_rect(t, sqr_mom, threshold) for t in range(1, 17)]
+    lr = .001 if name == 'Lookahead(torch)' else .01 # fastai's Lookahead cannot set what its OptimWrapper has
+    assert df.step.tolist() == list(range(1, 17)) and not df.event.any() and (df.lr == lr).all() and (df.sqr_mom == sqr_mom).all()
+    assert df.rect.tolist() == pytest.approx([math.nan if r is None else r for r in expect], nan_ok=True)
+    assert df.effective_lr.tolist() == pytest.approx([lr*moves if r is None else lr*r for r in expect])
+    assert [m > 0 for m in moved.by] == [r is not None or moves for r in expect]
+    assert 'effective_lr' in learn.recorder.metric_names
+
+class Moved(Callback):
+    "How far each step moved the first weight"
+    def __init__(self): self.by = []
+    def before_step(self): self.p = self.model[0].weight.detach().clone()
+    def after_step(self): self.by.append((self.model[0].weight.detach() - self.p).abs().max().item())
+
+def test_schedulefree_says_the_same():
+    "It keeps the rate that it took in `scheduled_lr`"
+    class Taken(Callback):
+        def __init__(self): self.lrs = []
+        def after_step(self): self.lrs.append(self.opt.hypers[0]['scheduled_lr'])
+    learn = get_learner(others['schedulefree'][0], cbs=[taken := Taken(), Train()])
+    learn.fit(3, .01)
+    assert learn.rectifier.to_frame().query('group == 0').effective_lr.tolist() == pytest.approx(taken.lrs)
+
+class HomeMadeRAdam(torch.optim.SGD): "One that nobody has heard of"
+
+def test_a_radam_that_is_not_known_is_called_that():
+    learn = get_learner(partial(OptimWrapper, opt=HomeMadeRAdam))
+    with pytest.warns(UserWarning, match='how HomeMadeRAdam rectifies is not known here; its lr, mom and sqr_mom are recorded'): learn.fit(1, .01)
+    df = learn.rectifier.to_frame()
+    assert df.effective_lr.isna().all() and df.rect.isna().all() and (df.lr == .01).all()
+    with pytest.raises(ValueError, match='how HomeMadeRAdam rectifies is not known here'): rectified_lr_find(learn)
+
+def test_functions_of_fastxtend():
+    "Its optimizers are fastai's with another step, which a stand-in has here: a function called radam…, from the package fastxtend"
+    def radam_foreach_step(): pass
+    radam_foreach_step.__module__ = 'fastxtend.optimizer.foreach'
+    opt = fo.Optimizer([nn.Parameter(torch.zeros(1))], [None], lr=.1)
+    opt.opt_step = radam_foreach_step
+    assert rectifier(opt).rule(6, .99) == pytest.approx(plain_rect(6, .99, 5)) and rectifier(opt).sgd_phase == 'momentum'
+
+def test_counts_of_a_group_are_fetched_at_once(monkeypatch):
+    "They may be on the device: what makes the host wait is counted"
+    waits = []
+    for f in ('tolist', 'item', '__int__', '__float__', 'cpu'):
+        monkeypatch.setattr(torch.Tensor, f, lambda *args, _f=getattr(torch.Tensor, f), **kw: (waits.append(f), _f(*args, **kw))[1])
+    ps = [nn.Parameter(torch.zeros(2)) for _ in range(40)]
+    opt = OptimWrapper([ps[:20], ps[20:]], torch.optim.RAdam, lr=.1)
+    for p in ps: p.grad = torch.ones(2)
+    opt.step()
+    waits.clear()
+    assert step_counts(opt) == [[1], [1]] and len(waits) == 2
+    assert updates_made(opt) == 1 and len(waits) == 3
+    assert [len(c) for c in param_counts(opt)] == [20, 20]
+
 # --- the progress table
 
 def means(df, epoch):
-    df = df[(df.epoch == epoch) & (df.group == 1) & (df.event != 'skipped')]
-    return [np.mean([r for r in df.rect if not math.isnan(r)]), df.effective_lr.mean()]
+    "Over the adaptive updates"
+    df = df[(df.epoch == epoch) & (df.group == 1) & (df.event != 'skipped') & df.rect.notna()]
+    return [df.rect.mean(), df.effective_lr.mean()]
 
 @pytest.mark.parametrize('name', opts)
 def test_table_has_means_of_each_epoch(name):
@@ -249,6 +371,17 @@ def test_table_has_means_of_each_epoch(name):
     for epoch,(values,row) in enumerate(zip(learn.recorder.values, logged)):
         assert list(values[-2:]) == pytest.approx(means(df, epoch)) and row[-3:-1] == list(values[-2:]) and len(row) == 7
         assert all(type(v) is float for v in values[-2:])
+
+def test_an_epoch_of_momentum_says_so(tmp_path):
+    "In the table and its values; for loggers it is a NaN"
+    logged = []
+    learn = get_learner(partial(RAdam, sqr_mom=.9), n=12, cbs=[CSVLogger()], path=tmp_path) # 3 updates an epoch
+    learn.logger = lambda row: logged.append([f'{o:.6f}' if isinstance(o, float) else str(o) for o in row]) # as the progress bar writes it
+    learn.fit(3, .01)
+    assert [row[3:5] == ['momentum']*2 for row in logged] == [True, False, False]
+    assert all(isinstance(v, float) for row in learn.recorder.values for v in row[2:]) and math.isnan(learn.recorder.values[0][-1])
+    assert learn.csv_logger.read_log().rect.isna().tolist() == [True, False, False]
+    assert repr(pickle.loads(pickle.dumps(learn.recorder.values[0][-1]))) == 'momentum'
 
 def test_table_of_a_second_fit_is_its_own():
     learn = get_learner(RAdam)
@@ -307,6 +440,95 @@ def test_loggers_see_the_rectifier_in_the_hypers_and_nobody_else(name):
         assert [h[group]['effective_lr'] for h in see.seen] == df.effective_lr.tolist()
         assert [h[group].get('rect', math.nan) for h in see.seen] == pytest.approx(df.rect.tolist(), nan_ok=True)
     assert names() == before and not any('effective_lr' in repr(sd.get('hypers', sd.get('param_groups'))) for sd in see.saved)
+
+class Raise(Callback):
+    "Raise `error` in `event` of batch 11, which is adaptive"
+    def __init__(self, error, event, order=0): self.error,self.event,self.order = error,event,order
+    def __call__(self, event_name):
+        if event_name == self.event and self.training and self.train_iter == 11: raise self.error()
+
+class SaveEachBatch(Callback):
+    def after_batch(self): self.learn.save('within')
+
+ends = {'short epochs': lambda: ShortEpochCallback(pct=.5), **{f'{e.__name__} in {event}, order {order}': partial(Raise, e, event, order)
+        for e in (CancelBatchException, CancelTrainException, CancelEpochException, CancelFitException, KeyboardInterrupt, OSError)
+        for event,order in (('after_step', 0), ('after_batch', 0), ('after_batch', 99)) if (e, event) != (CancelBatchException, 'after_batch')}}
+
+def clean(learn): return not any({'rect', 'effective_lr'} & set(h) for h in learn.opt.hypers)
+
+@pytest.mark.parametrize('end, name', [(end, 'RAdam') for end in ends] + [('short epochs', name) for name in opts if name != 'RAdam'])
+def test_nothing_that_loggers_see_is_ever_saved(end, name, tmp_path):
+    "However a batch ends: `save`, `load`, `load_strict`, `lr_find` and `export` are as without a recorder"
+    learn = get_learner(opts[name], cbs=[ends[end](), SaveEachBatch(), SeeHypers()], path=tmp_path)
+    learn.logger,learn.splitter = print,first_and_rest
+    try: learn.fit(3, .01)
+    except (KeyboardInterrupt, OSError): pass
+    assert 'effective_lr' in learn.see_hypers.seen[-1][0] # a logger saw it
+    assert clean(learn) and type(learn.opt) is type(get_opt(name, learn))
+    for cb in (Raise, ShortEpochCallback, SaveEachBatch, SeeHypers): learn.remove_cb(cb)
+    learn.save('after')
+    for file in ('within', 'after'):
+        sd = torch.load(tmp_path/'models'/f'{file}.pth', weights_only=False)['opt']
+        assert not any({'rect', 'effective_lr'} & set(h) for h in sd.get('hypers', sd.get('param_groups')))
+        with warnings.catch_warnings():
+            warnings.filterwarnings('error', 'Could not load')
+            learn.load(file)
+            load_strict(learn, file)
+    before = copy.deepcopy(state_of(learn)[1])
+    learn.lr_find(show_plot=False, num_it=10)
+    for a,b in zip(before, state_of(learn)[1]): assert all(torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k])) for k in a)
+    learn.export('l.pkl')
+    load_learner(tmp_path/'l.pkl')
+    learn.fit(1, .01)
+    assert clean(learn)
+
+def get_opt(name, learn): return opts[name](learn.splitter(copy.deepcopy(learn.model)), lr=.1)
+
+@pytest.mark.parametrize('name', opts)
+def test_files_that_carry_the_numbers_are_read(name, tmp_path):
+    "As an earlier version left them behind a cancelled batch"
+    learn = get_learner(opts[name], path=tmp_path)
+    learn.fit(2, .01)
+    learn.save('good')
+    sd = torch.load(tmp_path/'models'/'good.pth', weights_only=False)
+    for h in sd['opt'].get('hypers', sd['opt'].get('param_groups')): h.update(rect=.3, effective_lr=.003)
+    torch.save(sd, tmp_path/'models'/'old.pth')
+    for load in (lambda learn: learn.load('old'), lambda learn: load_strict(learn, 'old')):
+        again,whole = (get_learner(opts[name], path=tmp_path) for _ in range(2))
+        for l in (again, whole): l.create_opt()
+        with warnings.catch_warnings():
+            warnings.filterwarnings('error', 'Could not load')
+            load(again)
+        whole.load('good')
+        for l in (again, whole): l.fit(1, .01)
+        assert clean(again) and updates_made(again.opt) == 24
+        assert all(map(torch.equal, again.model.parameters(), whole.model.parameters()))
+
+@pytest.mark.parametrize('name', ['RAdam', 'Ranger', 'wrapper', 'fastai', 'ranger'])
+def test_what_a_callback_sets_behind_a_batch_is_set(name):
+    class Halve(Callback):
+        def after_batch(self):
+            if not self.training or self.train_iter != 4: return
+            for h in self.opt.hypers: h['lr'] /= 2
+            self.opt.set_hyper('wd', .125)
+    learn = get_learner(opts[name], cbs=[Halve()])
+    learn.fit(1, .01)
+    assert [h['lr'] for h in learn.opt.hypers] == [.005]*2 and [h['wd'] for h in learn.opt.hypers] == [.125]*2
+    assert learn.rectifier.to_frame().query('group == 1').lr.tolist() == [.01]*4 + [.005]*4
+
+@pytest.mark.parametrize('error', [CancelBatchException, CancelTrainException, CancelEpochException, CancelFitException])
+def test_a_row_is_kept_though_another_callback_cancels_what_follows(error):
+    learn = get_learner(RAdam, cbs=[Raise(error, 'after_step')])
+    learn.fit(2, .01)
+    df = learn.rectifier.to_frame().query('group == 0')
+    n = 12 if error is CancelFitException else 16 if error is CancelBatchException else 12
+    assert df.step.tolist() == list(range(1, n+1)) and not df.event.any()
+
+def test_a_batch_that_is_cancelled_before_its_step_has_no_row():
+    learn = get_learner(RAdam, cbs=[Raise(CancelBatchException, 'before_step', 99)])
+    learn.fit(2, .01)
+    df = learn.rectifier.to_frame().query('group == 0')
+    assert df.step.tolist() == list(range(1, 16)) and not df.event.any()
 
 def test_an_interrupted_fit_leaves_the_hypers_clean_for_the_next():
     class Stop(Callback):
@@ -385,6 +607,50 @@ def test_log_to_refuses_what_is_no_logger():
     learn.remove_cb(learn.rectifier)
     with pytest.raises(ValueError, match='add one to the Learner'): learn.fit(1)
 
+def lines_for_trackers():
+    "The lines that the notebook shows, by tracker"
+    cells = json.loads((Path(__file__).parents[1]/'nbs'/'10_callback.ipynb').read_text())['cells']
+    text = next(t for t in (''.join(c['source']) for c in cells) if t.startswith('```python\nLogTo('))
+    return {name: code for code,name in re.findall(r'^(LogTo.*?)  +# (.*)$', text, re.M)}
+
+def stand_ins(learn):
+    "Modules and objects with the signatures of packages that are not installed: what each was sent"
+    sent = {k: [] for k in ('MLflow', 'Trackio', 'Comet')}
+    class Mlflow:
+        def log_metrics(self, metrics, step=None, synchronous=None, run_id=None, timestamp=None): sent['MLflow'].append(metrics)
+    class Trackio:
+        def log(self, metrics, step=None): sent['Trackio'].append(metrics)
+    class Experiment:
+        def log_metrics(self, dic, prefix=None, step=None, epoch=None): sent['Comet'].append(dic)
+    return sent,dict(mlflow=Mlflow(), trackio=Trackio(), experiment=Experiment(), learn=learn, LogTo=LogTo)
+
+@pytest.mark.parametrize('tracker', lines_for_trackers())
+def test_the_line_for_each_tracker(tracker, wandb, tmp_path):
+    from torch.utils.tensorboard import SummaryWriter # TensorBoard is there; the others are stand-ins
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    learn = get_learner(RAdam)
+    sent,names = stand_ins(learn)
+    learn.add_cb(eval(lines_for_trackers()[tracker], names | dict(writer=(writer := SummaryWriter(tmp_path)))))
+    learn.fit(2, .01)
+    writer.close()
+    df = learn.rectifier.to_frame().query('group == 1')
+    if tracker == 'TensorBoard': got = [(e.step, e.value) for e in EventAccumulator(str(tmp_path)).Reload().Scalars('effective_lr_1')]
+    else: got = list(enumerate((r['effective_lr_1'] for r in (wandb.rows if tracker == 'Weights & Biases' else sent[tracker])), 1))
+    assert [i for i,_ in got] == list(range(1, 17)) and [v for _,v in got] == pytest.approx(df.effective_lr.tolist())
+
+def test_there_is_a_line_for_each_tracker(): assert list(lines_for_trackers()) == ['Weights & Biases', 'MLflow', 'Trackio', 'Comet', 'TensorBoard']
+
+def test_a_tracker_that_fails_does_not_end_the_fit():
+    sent = []
+    def fail(row):
+        sent.append(row)
+        if len(sent) == 3: raise ConnectionError('gone away')
+    learn = get_learner(RAdam, cbs=[LogTo(fail)])
+    with pytest.warns(UserWarning, match='LogTo failed in after_batch and takes no further part in this fit: gone away'): learn.fit(2, .01)
+    assert len(sent) == 3 and len(learn.rectifier.to_frame()) == 32
+    learn.fit(1, .01)
+    assert len(sent) == 3+8
+
 # --- the file
 
 def read_rows(path): return pd.read_csv(path, keep_default_na=False, na_values={'rho': '', 'rect': ''})
@@ -433,6 +699,16 @@ def test_a_file_that_is_there_is_gone_on_with(tmp_path):
     df = read_rows(tmp_path/'r.csv')
     assert len(df) == 32
     pd.testing.assert_frame_equal(df[16:].reset_index(drop=True), learn.rectifier.to_frame(), check_dtype=False)
+
+def test_a_last_row_of_any_bytes_is_taken_out(tmp_path):
+    "A crash can leave half a character, or more bytes than characters"
+    for junk in ('0,5,ä€', b'0,5,\xff\xfe'):
+        path = tmp_path/'r.csv'
+        check_csv(path, RectifierRecorder.columns)
+        whole = path.read_bytes()
+        path.write_bytes(whole + (junk if isinstance(junk, bytes) else junk.encode()))
+        check_csv(path, RectifierRecorder.columns)
+        assert path.read_bytes() == whole
 
 def unchanged_by_a_failing_fit(learn, error, match):
     before = [p.detach().clone() for p in learn.model.parameters()]
@@ -548,8 +824,8 @@ def test_finder_leaves_everything_as_found(name):
     assert not [cb for cb in learn.cbs if type(cb).__name__ == '_TakenLR']
 
 def test_finder_on_a_fresh_learner_leaves_no_optimizer():
-    learn = get_learner(RAdam)
-    rectified_lr_find(learn, show_plot=False)
+    learn,again = get_learner(RAdam),get_learner(RAdam)
+    assert rectified_lr_find(learn, show_plot=False) == again.rectified_lr_find(show_plot=False) # a method, as `lr_find` is
     assert learn.opt is None and not hasattr(learn.recorder, 'lrs')
 
 @pytest.mark.parametrize('opt_func, num_it, match', [
@@ -586,4 +862,22 @@ def test_plots_draw_into_the_axes_they_are_given():
     learn.fit(1, .01)
     _,axs = plt.subplots(1, 2)
     assert learn.rectifier.plot(axs) is axs and axs[1].lines and axs[1].get_ylabel()
+    plt.close('all')
+
+def test_a_plot_before_a_fit_is_an_error():
+    with pytest.raises(ValueError, match='nothing is recorded yet: fit first'): get_learner(RAdam).rectifier.plot()
+    assert not plt.get_fignums()
+
+def test_the_figure_explains_itself():
+    learn = get_learner(RAdam)
+    learn.fit(2, slice(.001, .01))
+    a,b = learn.rectifier.plot()
+    labels = lambda ax: [t.get_text() for t in ax.get_legend().get_texts()]
+    assert a.get_title() and b.get_title() and a.get_xlabel() == b.get_xlabel() == 'update' and a.get_xlim() == b.get_xlim()
+    assert labels(a) == ['groups 0, 1'] # which coincide here, but not there
+    assert labels(b) == ['group 0', 'group 1', 'as set', 'lr·$r_t$', 'momentum SGD']
+    for ax in (a, b):
+        span, = ax.patches
+        assert (span.get_x(), span.get_x()+span.get_width()) == (.5, 5.5) and 'momentum phase' in ax.texts[0].get_text()
+    assert a.get_shared_x_axes().joined(a, b)
     plt.close('all')

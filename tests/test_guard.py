@@ -4,7 +4,7 @@ from datetime import timedelta
 from functools import partial
 
 import fastai.optimizer as fo, pytest, torch
-from fastai.basics import Callback, CancelFitException, CancelStepException, OptimWrapper
+from fastai.basics import Callback, CancelBatchException, CancelFitException, CancelStepException, OptimWrapper
 from fastai.callback.all import GradientAccumulation, GradientClip, MixedPrecision, TerminateOnNaNCallback
 from torch import nn
 
@@ -266,6 +266,75 @@ def test_all_processes_stop_together(tmp_path):
         return said,os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     said,status = in_child(lambda: list(first()))
     assert 'the loss of epoch 1, batch 2 is nan' in said and status == 0
+
+class Odd(nn.Module):
+    "A model with a buffer that cannot be written to in place, which each batch replaces"
+    def __init__(self, make):
+        super().__init__()
+        self.net = get_model()
+        self.register_buffer('odd', make())
+    def forward(self, x):
+        if self.training: self.odd = self.odd*x.mean().detach()
+        return self.net(x)
+
+def dense(sd): return {k: v.to_dense() if isinstance(v, torch.Tensor) else v for k,v in sd.items()}
+
+@pytest.mark.filterwarnings('ignore:Sparse:UserWarning')
+@pytest.mark.parametrize('make', [lambda: torch.eye(3).to_sparse(), lambda: torch.eye(3).to_sparse_csr()], ids=['COO', 'CSR'])
+def test_buffers_that_cannot_be_written_to(tmp_path, make):
+    runs = []
+    for cbs in ([BAD['nan input'][0](7), StopOnNonFinite()], [StopBefore(7)]):
+        learn = make_odd(tmp_path, make)
+        with warnings.catch_warnings(record=True) as said: learn.fit(3, .02, cbs=cbs)
+        runs.append((dense(learn.model.state_dict()), learn.opt.state_dict()))
+    assert identical(*runs)
+
+def make_odd(tmp_path, buffer): return make(tmp_path, 'RAdam', model=Odd(buffer), splitter=lambda m: halves(m.net))
+
+class Expanded(nn.Module):
+    "A buffer that shows one number several times, and changes with it"
+    def __init__(self):
+        super().__init__()
+        self.net,self.base = get_model(),torch.ones(1)
+        self.register_buffer('shown', self.base.expand(4))
+    def forward(self, x):
+        if self.training: self.base.mul_(x.mean().detach())
+        return self.net(x)
+
+def test_an_expanded_buffer(tmp_path):
+    learn,whole = (make(tmp_path, 'RAdam', model=Expanded(), splitter=lambda m: halves(m.net)) for _ in range(2))
+    with pytest.warns(UserWarning, match='StopOnNonFinite'): learn.fit(3, .02, cbs=[BAD['nan input'][0](7), StopOnNonFinite('good')])
+    whole.fit(3, .02, cbs=StopBefore(7))
+    assert identical(held(learn), held(whole)) and learn.model.shown[3] == learn.model.base != 1
+
+@pytest.mark.parametrize('n', [0, 7])
+def test_lazy_batch_norm(tmp_path, n):
+    "It has no statistics before the first batch; if that is a bad one, they are as new"
+    def lazy():
+        m = get_model().to(f32)
+        return nn.Sequential(nn.Sequential(nn.LazyBatchNorm2d(affine=False), m[0]), m[1])
+    learn,whole = (make(tmp_path, 'RAdam', model=lazy()) for _ in range(2))
+    with pytest.warns(UserWarning, match='StopOnNonFinite'): learn.fit(3, .02, cbs=[BAD['nan input'][0](n), StopOnNonFinite('good')])
+    with warnings.catch_warnings(record=True): whole.fit(3, .02, cbs=StopBefore(n))
+    stats = learn.model[0][0]
+    if n: assert identical(held(learn), held(whole))
+    else: assert not stats.running_mean.any() and (stats.running_var == 1).all() and stats.num_batches_tracked == 0
+
+def test_half_precision_with_many_units():
+    "Gradients that float16 can hold, though not their norm"
+    many = torch.full((10_000,), 1000., dtype=torch.half)
+    assert torch.linalg.vector_norm(many).isinf() and cb.all_finite([], [many, torch.ones(2, dtype=torch.half)])
+    for bad in math.nan, math.inf: assert not cb.all_finite([], [many, torch.tensor([bad], dtype=torch.half)])
+    model = nn.Linear(2, 1).half()
+    model.weight.grad,model.bias.grad = torch.full((1, 2), 1000., dtype=torch.half),torch.tensor([math.inf], dtype=torch.half)
+    assert cb.find_non_finite([], model) == 'the gradient of bias has inf'
+
+def test_statistics_are_those_of_the_last_update_though_another_callback_cancels_behind_it(tmp_path):
+    cancel = lambda: At('after_step', cancel_batch)
+    learn,guard,said = guarded(tmp_path, 'RAdam', cancel(), BAD['nan input'][0](7))
+    assert said and identical(held(learn), held(undisturbed(tmp_path, 'RAdam', 7, cancel())))
+
+def cancel_batch(learn): raise CancelBatchException
 
 # ---- all or nothing
 
