@@ -83,7 +83,7 @@ class Kind(NamedTuple):
     fused:bool # Can the fused kernels update them?
     device:torch.device
     dtype:torch.dtype
-    counts:tuple # Updates so far, and what else is to be alike
+    counts:tuple # Updates so far, and what else an optimizer counts
 
 # %% ../nbs/02_bucket.ipynb #81d7b048
 def _order(tensors):
@@ -105,7 +105,6 @@ class Bucket:
         self.small = kind.device.type == 'cpu' and max(p.numel() for p in params) <= SMALL
         self.kernel_step = torch.empty((), dtype=torch.float32, device=kind.device) if self.fused else None
         self.counter = keys.counter(len(states), kind.counts[0])
-        self.waited = kind.counts[1]
         self._store_count()
 
     def _places(self): return list(map(Tensor.data_ptr, self.params))
@@ -123,7 +122,6 @@ class Bucket:
         "Whether all members still have a gradient, and nothing else that the bucket refers to has been replaced"
         if self.grad_order is None or self._places() != self.places or self._orders() != self.orders: return False
         if not self.counter.intact() or {s.get('do_wd', True) for s in self.states} != {self.decays}: return False
-        if self.waited and any(s.get('waited') != self.waited for s in self.states): return False
         held = {self.keys.grad_avg: self.grad_avgs, self.keys.sqr_avg: self.sqr_avgs, 'step': self.counter.items}
         try: return all(all(map(is_, map(itemgetter(k), self.states), os)) for k,os in held.items())
         except KeyError: return False # a state was emptied
@@ -147,18 +145,11 @@ def update(self:Bucket, *,
     if self.fused: self._align()
     lists = self.params,self.grads,self.grad_avgs,self.sqr_avgs
     for part in ([[o] for o in one] for one in zip(*lists)) if foreach is False else [lists]:
-        waits = radam_step_(*part, self.counter.count+1, wd=wd if self.decays else 0., waited=self.waited, small=self.small,
-                            fused=self.fused and foreach is None, kernel_step=self.kernel_step, **kwargs)
+        radam_step_(*part, self.counter.count+1, wd=wd if self.decays else 0., fused=self.fused and foreach is None, small=self.small,
+                    kernel_step=self.kernel_step, **kwargs)
     self.grads = [] # or `zero_grad` would release nothing
     self.counter.advance()
     self._store_count()
-    if waits: self._wait()
-
-@patch
-def _wait(self:Bucket):
-    "Count one more step that moved the squared averages alone"
-    self.waited += 1
-    for s in self.states: s['waited'] = self.waited
 
 # %% ../nbs/02_bucket.ipynb #492c2968
 class Buckets:
@@ -210,4 +201,4 @@ class Buckets:
         for k in keys:
             if s[k].device != p.device or layout(s[k]) != order: s[k] = copy_like(s[k], p)
         fused = can_fuse(p, *(s[k] for k in keys))
-        return Kind(group, bool(s.get('do_wd', True)), fused, p.device, p.dtype, (int(s['step']), int(s.get('waited', 0))))
+        return Kind(group, bool(s.get('do_wd', True)), fused, p.device, p.dtype, (int(s['step']),))

@@ -128,13 +128,13 @@ def _check_param_state(i, s, p):
     at = f"parameter {i} (shape {tuple(p.shape)})"
     if 'max_exp_avg_sq' in s: raise ValueError(f"{at}: max_exp_avg_sq in its state: RAdam cannot continue amsgrad")
     for k in flags: _expect(s.get(k, True), bool, f'{at}: {k}')
-    if not set(s) & (_averages | {'step', 'waited'}): return # it has never been updated
+    if not (isinstance(waited := as_number(s.get('waited', 0)), Real) and waited == 0):
+        raise ValueError(f"{at}: waited in its state, so Adam-2k saved it: only Adam2kFn can go on from there")
+    if not set(s) & (_averages | {'step'}): return # it has never been updated
     if lacks := (_averages | {'step'}) - set(s): raise ValueError(f"{at}: no {', '.join(sorted(lacks))} in its state: was it saved by Adam or RAdam?")
     for k in sorted(_averages): _check_numbers(s[k], p, f'{at}: {k}')
     if (s['sqr_avg'].to(p.dtype) < 0).any(): raise ValueError(f"{at}: sqr_avg in the checkpoint has numbers below 0")
-    for k in ('step', 'waited'): check_count(s.get(k, 0), f"{at}: {k}")
-    step,waited = (as_number(s.get(k, 0)) for k in ('step', 'waited'))
-    if waited > step: raise ValueError(f"{at}: waited must be at most step ({step}), got {waited}")
+    check_count(s['step'], f"{at}: step")
 
 # %% ../nbs/03_checkpoint.ipynb #b75dfac3
 def check_fit(

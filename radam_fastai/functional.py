@@ -65,7 +65,7 @@ def check_hypers(
     return res
 
 # %% ../nbs/01_functional.ipynb #397ceba8
-sgd_phases = 'momentum','skip','wait','freeze'
+sgd_phases = 'momentum','skip'
 
 def check_settings(
     rule:Callable, # Gives the factor: `rule(step, sqr_mom)`
@@ -169,11 +169,11 @@ def can_fuse(
             and all(o.device == param.device and o.dtype == param.dtype and layout(o) == layout(param) for o in others))
 
 # %% ../nbs/01_functional.ipynb #c5144c6d
-def _average_(params, grads, grad_avgs, sqr_avgs, *, mom, sqr_mom, l2, maximize, waits):
-    "Move both averages (if it `waits`, the second) towards the gradients, which `l2` (the weight of the L2 penalty) and `maximize` may change"
+def _average_(params, grads, grad_avgs, sqr_avgs, *, mom, sqr_mom, l2, maximize):
+    "Move both averages towards the gradients, which `l2` (the weight of the L2 penalty) and `maximize` may change"
     if maximize: grads = torch._foreach_neg(grads)
     if l2: grads = torch._foreach_add(grads, params, alpha=l2)
-    if not waits: torch._foreach_lerp_(grad_avgs, grads, 1-mom)
+    torch._foreach_lerp_(grad_avgs, grads, 1-mom)
     torch._foreach_mul_(sqr_avgs, sqr_mom)
     torch._foreach_addcmul_(sqr_avgs, grads, grads, 1-sqr_mom)
 
@@ -213,29 +213,26 @@ def radam_step_(
     rule:Callable|None=None, # Factor on `lr` at (`step`, `sqr_mom`), above 0, or `None`; left out: `rectification` with `threshold`
     scale_wd:bool=False, # Does the factor scale decoupled weight decay, too?
     eps_debiased:bool=True, # Add `eps` after debiasing (fastai) or before (torch)
-    sgd_phase:str='momentum', # Without a factor: 'momentum' steps, 'skip', 'wait' or 'freeze'
-    waited:int=0, # How many earlier updates moved `sqr_avgs` alone, and counted
+    sgd_phase:str='momentum', # Without a factor: 'momentum' steps, or 'skip': the averages alone move
     maximize:bool=False, # Ascend instead of descend
     fused:bool|None=None, # Use the fused kernel? `None`: wherever it is right
     small:bool=False, # Keep the CPU kernel on one thread: for tensors of up to `SMALL` elements
     kernel_step:Tensor|None=None, # Float32, one element on the device, kept for the kernel's count; made if left out
-) -> bool|None: # `True` if this update moved `sqr_avgs` alone, and counts as waited
+):
     "One RAdam update in place (Algorithm 2 of arXiv:1908.03265) of tensors that share a step count; see `check_hypers` for the ranges"
     if not params: return
     r = rectification(step, sqr_mom, threshold) if rule is None else _factor(rule, step, sqr_mom)
-    waits = r is None and sgd_phase in ('wait', 'freeze')
     if not eps_debiased: eps /= math.sqrt(1 - sqr_mom**step)
     adam = dict(mom=mom, sqr_mom=sqr_mom, eps=eps)
     lr_mult = r or 1.
     wd_mult = lr_mult if scale_wd else 1.
-    if waited: lr_mult *= (1 - mom**step)/(1 - mom**(step-waited)) # debiased by `step`, `grad_avgs` would be too small
     if fused is None: fused = all(map(can_fuse, params, grads, grad_avgs, sqr_avgs))
     if r and fused and not beta and _debiases_well(params[0].device, step, mom, sqr_mom):
-        # the kernel decays by wd times the learning rate it is given
-        return _fused_adam_(params, grads, grad_avgs, sqr_avgs, step, decouple_wd=decouple_wd, lr=lr*lr_mult,
-                            wd=wd/(lr_mult/wd_mult) if decouple_wd else wd, maximize=maximize, small=small, kernel_step=kernel_step, **adam)
-    _average_(params, grads, grad_avgs, sqr_avgs, mom=mom, sqr_mom=sqr_mom, l2=0. if decouple_wd else wd, maximize=maximize, waits=waits)
-    if waits: return sgd_phase == 'wait'
+        if decouple_wd: wd /= lr_mult/wd_mult # the kernel decays by wd times the learning rate it is given
+        _fused_adam_(params, grads, grad_avgs, sqr_avgs, step, decouple_wd=decouple_wd, lr=lr*lr_mult, wd=wd, maximize=maximize,
+                     small=small, kernel_step=kernel_step, **adam)
+        return
+    _average_(params, grads, grad_avgs, sqr_avgs, mom=mom, sqr_mom=sqr_mom, l2=0. if decouple_wd else wd, maximize=maximize)
     if r is None and sgd_phase == 'skip': return
     if decouple_wd and wd: torch._foreach_mul_(params, 1-lr*wd_mult*wd)
     if r is None: torch._foreach_add_(params, grad_avgs, alpha=-lr*lr_mult/(1 - mom**step))

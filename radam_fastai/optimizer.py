@@ -68,7 +68,7 @@ class RuledAdam(Optimizer):
         decouple_wd:bool=True, # Apply true weight decay or L2 regularization
         scale_wd:bool=False, # Does the factor scale true weight decay, too?
         eps_debiased:bool=True, # Add `eps` after debiasing or before
-        sgd_phase:str='momentum', # Without a factor: 'momentum' SGD, 'skip', 'wait' or 'freeze' (see `radam_step_`)
+        sgd_phase:str='momentum', # Without a factor: 'momentum' SGD or 'skip' (see `radam_step_`)
         maximize:bool=False, # Ascend instead of descend
         **hypers # lr, mom, sqr_mom, eps, wd and beta
     ):
@@ -94,7 +94,7 @@ class RAdam(RuledAdam):
         *,
         threshold:float=5., # Rectified steps need rho above this: 5, in the paper 4
         eps_debiased:bool=True, # Add `eps` after debiasing (fastai) or before (torch, authors)
-        sgd_phase:str='momentum', # Until then: 'momentum' SGD, 'skip' (the authors' default), 'wait' or 'freeze' (see `radam_step_`)
+        sgd_phase:str='momentum', # Until then: 'momentum' SGD, or 'skip' (the authors' default)
         maximize:bool=False, # Ascend instead of descend
     ):
         check_threshold(threshold)
@@ -113,7 +113,10 @@ def step(self:RuledAdam, closure=None):
     "Update every parameter that has a gradient"
     if closure is not None: raise NotImplementedError("fastai optimizers currently do not support closure")
     hypers = self._checked_hypers()
-    for b in self._buckets(self.param_lists, self.state): b.update(**hypers[b.group], **self.settings)
+    for b in self._buckets(self.param_lists, self.state): self._update(b, hypers[b.group])
+
+@patch
+def _update(self:RuledAdam, bucket, hypers): bucket.update(**hypers, **self.settings)
 
 # %% ../nbs/04_optimizer.ipynb #f57f49e8
 @patch
@@ -140,13 +143,16 @@ def state_dict(self:RuledAdam) -> dict:
 def _read(self:RuledAdam, sd):
     "`sd` in fastai's layout, checked against this optimizer"
     sd = read_state(sd, **{k: self.settings[k] for k in ('decouple_wd', 'maximize')})
-    check_fit(sd, self.param_lists, self.hypers)
+    self._check_fit(sd)
     return sd
+
+@patch
+def _check_fit(self:RuledAdam, sd): check_fit(sd, self.param_lists, self.hypers)
 
 @patch
 def _copy_state(self:RuledAdam, p, s):
     "A copy of `s` as the state of `p`"
-    own = {'step': int, 'waited': int, 'grad_avg': partial(copy_like, p=p), 'sqr_avg': partial(copy_like, p=p)}
+    own = {'step': int, 'grad_avg': partial(copy_like, p=p), 'sqr_avg': partial(copy_like, p=p)}
     return {**keep_flags(self.state[p]), **{k: own.get(k, deepcopy)(v) for k,v in s.items()}}
 
 @patch

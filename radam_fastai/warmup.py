@@ -17,12 +17,16 @@ __all__ = ['AdamFn', 'AdamLinearFn', 'AdamExponentialFn', 'AdamEpsFn', 'SGDFn', 
 
 # %% ../nbs/08_warmup.ipynb #20b4414d
 from functools import partial
+from itertools import chain
 from numbers import Real
 from typing import Callable, Iterable
 
+from fastcore.basics import patch
 from torch import Tensor
 
+from .bucket import Buckets, fastai_keys
 from .checkpoint import check_count
+from .functional import as_number
 from .optimizer import RAdamFn, RuledAdam, fastai_names
 from .rectify import untuned_exponential, untuned_linear
 
@@ -73,7 +77,7 @@ class Adam(RuledAdam):
         rule:Callable=no_warmup, # Factor on the learning rate at (step, sqr_mom), above 0, or `None`: no Adam step
         beta:float=0., # Set to enable SAdam: sharpness of its softplus
         eps_debiased:bool=True, # Add `eps` after debiasing (fastai, torch) or before (Liu et al.)
-        sgd_phase:str='momentum', # Without a factor: 'momentum' SGD, 'skip', 'wait' or 'freeze' (see `radam_step_`)
+        sgd_phase:str='momentum', # Without a factor: 'momentum' SGD or 'skip' (see `radam_step_`)
         maximize:bool=False, # Ascend instead of descend
     ):
         super().__init__(params, rule, decouple_wd=decouple_wd, scale_wd=True, eps_debiased=eps_debiased, sgd_phase=sgd_phase, maximize=maximize,
@@ -95,6 +99,50 @@ def AdamWarmupFn(
     return AdamFn(params, lr, rule=partial(linear_warmup, n_steps=n_steps), **kwargs)
 
 # %% ../nbs/08_warmup.ipynb #8b12ee71
+class _WaitBuckets(Buckets):
+    "Buckets whose members have waited for the same number of updates"
+    def _kind(self, group, p, s):
+        kind = super()._kind(group, p, s)
+        return kind._replace(counts=(*kind.counts, s.get('waited', 0)))
+
+    def _fresh(self, *args):
+        return super()._fresh(*args) and all(len({s.get('waited', 0) for s in b.states}) == 1 for b in self.buckets)
+
+class Adam2k(Adam):
+    "Adam that waits until its rule gives a factor, and counts in its state for how many updates it has"
+    def __init__(self, params, lr, sgd_phase, **kwargs):
+        if sgd_phase not in ('wait', 'freeze'): raise ValueError(f"sgd_phase must be one of wait, freeze, got {sgd_phase!r}")
+        super().__init__(params, lr, **kwargs)
+        self.settings['sgd_phase'] = sgd_phase
+        self._buckets = _WaitBuckets(fastai_keys)
+
+# %% ../nbs/08_warmup.ipynb #d54cc719
+@patch
+def _update(self:Adam2k, bucket, hypers):
+    "One update of all members of `bucket`, while they wait or afterwards"
+    t,waited,settings = bucket.counter.count+1,bucket.states[0].get('waited', 0),{**self.settings, 'sgd_phase': 'skip', 'scale_wd': False}
+    if self.settings['rule'](t, hypers['sqr_mom']) is None:
+        bucket.update(**{**hypers, 'mom': 1.}, **settings)
+        if self.settings['sgd_phase'] == 'freeze': return
+        for s in bucket.states: s['waited'] = waited+1
+    else:
+        unbias = (1 - hypers['mom']**t)/(1 - hypers['mom']**(t-waited))
+        bucket.update(**hypers, **{**settings, 'rule': lambda step, sqr_mom: unbias})
+
+# %% ../nbs/08_warmup.ipynb #8d36062a
+@patch
+def _check_fit(self:Adam2k, sd):
+    RuledAdam._check_fit(self, {**sd, 'state': [{k: v for k,v in s.items() if k != 'waited'} for s in sd['state']]})
+    for i,(s,p) in enumerate(zip(sd['state'], chain(*self.param_lists))):
+        step,waited = (as_number(s.get(k, 0)) for k in ('step', 'waited'))
+        check_count(waited, at := f"parameter {i} (shape {tuple(p.shape)}): waited")
+        if waited > step: raise ValueError(f"{at} must be at most step ({step}), got {waited}")
+
+@patch
+def _copy_state(self:Adam2k, p, s):
+    return {k: int(v) if k == 'waited' else v for k,v in RuledAdam._copy_state(self, p, s).items()}
+
+# %% ../nbs/08_warmup.ipynb #aef25634
 def Adam2kFn(
     params:Tensor|Iterable, # Model parameters, or lists of them (one per group)
     lr:float|slice, # Default learning rate, at least 0
@@ -104,7 +152,7 @@ def Adam2kFn(
 ) -> Adam:
     "Adam after `n_steps` gradients for its second moment alone (section 3.1 of arXiv:1908.03265)"
     check_count(n_steps, 'n_steps', least=1)
-    return AdamFn(params, lr, rule=partial(after, n_steps=n_steps), sgd_phase=sgd_phase, **kwargs)
+    return Adam2k(params, lr, sgd_phase, rule=partial(after, n_steps=n_steps), **{**RAdamFn.keywords, **kwargs})
 
 # %% ../nbs/08_warmup.ipynb #5d1df743
 AdamEpsFn = partial(AdamFn, eps=1e-4, eps_debiased=False)

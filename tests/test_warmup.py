@@ -7,7 +7,7 @@ from torch import nn
 
 from radam_fastai.bucket import Buckets
 from radam_fastai.functional import radam_step_
-from radam_fastai.optimizer import RAdam, RAdamFn
+from radam_fastai.optimizer import RAdam, RAdamFn, Ranger
 from radam_fastai.torch_optim import RAdam as TorchRAdam
 from radam_fastai.warmup import (Adam, Adam2kFn, AdamEpsFn, AdamExponentialFn, AdamFn, AdamLinearFn, AdamWarmupFn, SGD, SGDFn, after,
                                  linear_warmup, never, no_warmup)
@@ -99,17 +99,6 @@ def test_momentum_until_then(rule, dtype, tol):
         return plain_sgd(p, g, s, lr=lr, mom=mom, wd=wd)
     compare(drive(opt, ps), plain(step, dtype=dtype, lr=.01, **hypers), tol)
 
-@precisions
-@pytest.mark.parametrize('phase', ['wait', 'freeze'])
-def test_radam_waits(phase, dtype, tol):
-    "RAdam whose first steps wait, too: from step 6 Adam's with r_t, the decay not scaled"
-    def step(p, g, s, lr, wd, **kw):
-        r = plain_rect(s.get('t', 0)+1, b2, 5)
-        if r: p = p - lr*wd*p
-        return plain_adam(p, g, s, n=5, lr=lr, wd=0., own_count=phase == 'wait', factor=lambda t: r, **kw)
-    got = drive(RAdam(ps := params(dtype), lr=.01, sgd_phase=phase, **hypers), ps)
-    compare(got, plain(step, dtype=dtype, lr=.01, **hypers), tol)
-
 # ---- fastai, PyTorch, and schedules by hand
 
 @pytest.mark.parametrize('dtype,tol', [(torch.float64, 1e-12), (torch.float32, 1e-6)])
@@ -179,24 +168,18 @@ def test_sgd_and_fastais():
 # ---- three paths, one rule
 
 @pytest.mark.parametrize('rule,kw', [(no_warmup, {}), (partial(linear_warmup, n_steps=9), dict(scale_wd=True)), (partial(linear_warmup, n_steps=9), {}),
-                                     (partial(after, n_steps=4), dict(sgd_phase='wait')), (partial(after, n_steps=4), dict(sgd_phase='freeze', decouple_wd=False)),
-                                     (never, dict(maximize=True))], ids=str)
+                                     (partial(after, n_steps=4), dict(sgd_phase='skip')), (never, dict(maximize=True))], ids=str)
 def test_fused_foreach_and_loop_agree(rule, kw):
     def path(fused, loop):
         ps,ms,vs = (tensors(torch.float64, seed=i) for i in (0, 1, 2))
-        waited = 2 # as if it came from elsewhere
         for v in vs: v.square_()
         for t in range(3, 10):
             lists = ps,tensors(torch.float64, seed=t),ms,vs
             for part in ([[o] for o in one] for one in zip(*lists)) if loop else [lists]:
-                waits = radam_step_(*part, t, lr=.01, mom=.9, sqr_mom=.9, eps=1e-6, wd=.3, rule=rule, waited=waited, fused=fused, **kw)
-            waited += bool(waits)
-        return ps+ms+vs,waited
-    (expect,n),*others = path(False, True),path(True, False),path(False, False),path(None, False)
-    assert n == (4 if kw.get('sgd_phase') == 'wait' else 2)
-    for got,m in others:
-        assert m == n
-        compare(got, expect, 1e-13)
+                radam_step_(*part, t, lr=.01, mom=.9, sqr_mom=.9, eps=1e-6, wd=.3, rule=rule, fused=fused, **kw)
+        return ps+ms+vs
+    expect,*others = path(False, True),path(True, False),path(False, False),path(None, False)
+    for got in others: compare(got, expect, 1e-13)
 
 # ---- per-parameter decay
 
@@ -260,8 +243,9 @@ def grads_of(start, n):
         res.append([p.grad for p in ps])
     return res
 
-@pytest.mark.parametrize('theirs', [fo.Adam, fo.RAdam, partial(torch.optim.AdamW, betas=(.9, .99)), RAdam, SGD, AdamLinearFn, partial(Adam2kFn, n_steps=4)], ids=str)
-@pytest.mark.parametrize('name', short)
+anothers = fo.Adam, fo.RAdam, partial(torch.optim.AdamW, betas=(.9, .99)), RAdam, SGD, AdamLinearFn
+
+@pytest.mark.parametrize('name,theirs', [(k, o) for k in short for o in anothers] + [(k, partial(Adam2kFn, n_steps=4)) for k in ('2k', '2k-freeze')], ids=str)
 def test_goes_on_from_another(name, theirs):
     "With the state, and the hyper-parameters, of another: each moment has the count that it had there"
     ps = some()
@@ -280,27 +264,20 @@ def test_goes_on_from_another(name, theirs):
     run(ours, 30, start=7)
     compare(qs, expect, 1e-12)
 
-def test_radam_goes_on_from_adam_2k():
-    "It cannot wait, but debiases the first moment by the gradients that it has seen; so does the torch class"
-    a = run(Adam2kFn(some(), lr=.02, wd=.1, n_steps=10), 12)
-    ps = [p.detach().clone() for p in a.param_lists[0]]
-    b = RAdam(qs := [nn.Parameter(p.clone()) for p in ps], lr=.02)
-    b.load_state_dict(a.state_dict())
-    c = TorchRAdam(rs := [nn.Parameter(p.clone()) for p in ps], lr=.02, betas=(.9, b2), weight_decay=.1, decoupled_weight_decay=True, eps=0.)
-    sd = a.state_dict()
-    sd['hypers'] = [{**h, 'eps': 0.} for h in sd['hypers']]
-    c.load_state_dict(sd)
-    b.set_hyper('eps', 0.)
-    states = plain_state(b)
-    def step(p, g, s, lr, wd, **kw):
-        return plain_adam(p - lr*wd*p, g, s, lr=lr, wd=0., factor=lambda t: plain_rect(t, b2, 5), **kw)
-    expect = go_on(ps, grads_of(13, 20), step, states, lr=.02, wd=.1, mom=.9, sqr_mom=b2, eps=0.)
-    run(b, 20, start=13)
-    for t in range(13, 33):
-        set_grads(rs, t)
-        c.step()
-    compare(qs, expect, 1e-12)
-    compare(rs, expect, 1e-12)
+@pytest.mark.parametrize('cls', [RAdam, Ranger, AdamFn, SGDFn, TorchRAdam], ids=lambda o: getattr(o, 'func', o).__module__)
+@pytest.mark.parametrize('waited', [10, 0, .5, 'x', None, 10**400], ids=lambda o: str(o)[:4])
+def test_a_wait_is_adam_2ks(cls, waited):
+    "Another optimizer would debias the first moment by gradients that it has not seen; of no wait there is nothing to know"
+    sd = run(Adam2kFn(some(), lr=.02, n_steps=10), 12).state_dict()
+    if cls is Ranger: sd.update(count=12, slow_weights=None)
+    sd['state'][1]['waited'] = waited
+    for i in (0, 2): del sd['state'][i]['waited']
+    opt = cls(some(), lr=.02)
+    before = copy.deepcopy(opt.state_dict())
+    if waited == 0: opt.load_state_dict(sd)
+    else:
+        with pytest.raises(ValueError, match=r'parameter 1 \(shape \(4,\)\): waited in its state.* only Adam2kFn'): opt.load_state_dict(sd)
+        assert same(opt.state_dict(), before)
 
 @pytest.mark.parametrize('name', short)
 def test_stock_fastai_goes_on(name):
@@ -413,10 +390,14 @@ def test_a_rule_that_gives_nonsense(factor):
     with pytest.raises(ValueError, match=f'the rule must give a positive number or None, got {factor} at step 4'): opt.step()
     assert same(snapshot(opt), before)
 
-@pytest.mark.parametrize('kw,error,says', [(dict(rule=1.), TypeError, 'rule must be a function of step and sqr_mom, got 1.0'), (dict(sgd_phase='sleep'), ValueError, "sgd_phase must be .*wait.* got 'sleep'"),
+@pytest.mark.parametrize('kw,error,says', [(dict(rule=1.), TypeError, 'rule must be a function of step and sqr_mom, got 1.0'), (dict(sgd_phase='sleep'), ValueError, "sgd_phase must be one of momentum, skip, got 'sleep'"),
                                            (dict(eps=-1.), ValueError, 'eps .* got -1'), (dict(wd=math.nan), ValueError, 'wd .* got nan')])
 def test_settings_that_cannot_be(kw, error, says):
     with pytest.raises(error, match=says): Adam(some(), lr=.1, **kw)
+
+@pytest.mark.parametrize('phase', ['momentum', 'skip', 'sleep'])
+def test_phases_of_adam_2k(phase):
+    with pytest.raises(ValueError, match=f"sgd_phase must be one of wait, freeze, got '{phase}'"): Adam2kFn(some(), lr=.1, sgd_phase=phase)
 
 @pytest.mark.parametrize('name', short)
 def test_no_argument_is_ignored(name):
