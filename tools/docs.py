@@ -1,9 +1,11 @@
 """The site's pages, for MkDocs (`hooks:` in mkdocs.yml): nothing about them is listed by hand, so a new notebook appears by itself.
 
 README.md is the home page and every other notebook in nbs/ is a page, its number left out of the address. A notebook that makes a module is
-reference: what it exports is shown by signature and docments, with the source folded away. One at the top of the package with no name in
-`radam_fastai.all` is part of how it is built. A notebook that makes no module, or a page in docs/, belongs to the section its folder names."""
+reference: what it exports is shown by signature and docments, with the source folded away. One at the top of the package with no name
+in `radam_fastai.all` is part of how it is built. A notebook that makes no module, or a page in docs/, belongs to the section that its
+folder names."""
 import ast, inspect, posixpath, re
+from collections import Counter
 from configparser import ConfigParser
 from html import unescape
 from importlib import import_module
@@ -25,14 +27,14 @@ BUILT = 'How it is built'
 
 def is_public(name): return not any(o.startswith('_') for o in name.split('.'))
 
-def shorten(anno:str) -> str:
-    "An annotation without the modules of its classes"
-    return re.sub(r'\b(?:\w+\.)+(?=[A-Z])', '', anno)
+def shorten(text:str) -> str:
+    "Annotations and defaults with the names of classes and functions for their representation"
+    text = re.sub(r"<class '(.+?)'>|<function (?:\w+\.)*(.+?) at \w+>", lambda m: m[1] or m[2], text)
+    return re.sub(r'\b(?:\w+\.)+(?=[A-Z])', '', text)
 
 def signature(name:str, obj) -> str:
     "As one would write it, a parameter a line when it is long"
-    params = [p.partition('=') for p,_ in DocmentText(obj, docstring=False).params if not re.match(r'self\b', p)]
-    params = [shorten(anno) + eq + default for anno,eq,default in params]
+    params = [shorten(p) for p,_ in DocmentText(obj, docstring=False).params if not re.match(r'self\b', p)]
     ret = docments(obj, full=True)['return'].anno
     ret = '' if ret is inspect.Parameter.empty or inspect.isclass(obj) else f' -> {shorten(inspect.formatannotation(ret))}'
     one = f"{name}({', '.join(params)}){ret}"
@@ -42,10 +44,9 @@ def table(obj) -> str:
     "Parameters and result with annotation, default and comment; nothing if none has a comment"
     docs = {k: o for k,o in docments(obj, full=True).items() if k != 'self'}
     if not any(o.docment for o in docs.values()): return ''
-    def _code(o, text): return '' if o is inspect.Parameter.empty else f'`{text(o)}`'
-    def _default(o): return getattr(o, '__name__', repr(o))
-    rows = [(f'`{k}`' if k != 'return' else '**returns**', _code(o.anno, lambda a: shorten(inspect.formatannotation(a))),
-             _code(o.default, _default), re.sub(r'\s+', ' ', o.docment or '')) for k,o in docs.items() if k != 'return' or o.docment]
+    def _code(o): return '' if o is inspect.Parameter.empty else f'`{shorten(inspect.formatannotation(o))}`' # of a value, its repr
+    rows = [(f'`{k}`' if k != 'return' else '**returns**', _code(o.anno), _code(o.default),
+             re.sub(r'\s+', ' ', o.docment or '')) for k,o in docs.items() if k != 'return' or o.docment]
     columns = [('parameter', 'type', 'default', 'meaning'), ('---',)*4, *rows]
     if not any(default for *_,default,_ in rows): columns = [(name, anno, text) for name,anno,_,text in columns]
     return '\n'.join('| ' + ' | '.join(r) + ' |' for r in columns)
@@ -105,7 +106,8 @@ class Site:
         self.repo,self.notebooks = repo,[Notebook(p) for p in paths if p.name != 'index.ipynb']
         self.pages = {**PAGES, 'nbs/index.ipynb': 'index.md', **{n.source: n.page for n in self.notebooks}}
         self.pictures = {}
-        assert len(set(self.pages.values())) == len(self.pages)-1, f'two notebooks make the same page: {sorted(self.pages.values())}'
+        twice = [page for page,n in Counter(n.page for n in self.notebooks).items() if n > 1]
+        if twice: raise ValueError(f'several notebooks would make the page {twice}: give them names that differ by more than the number')
         self.public = set(import_module(f'{PACKAGE}.all').__all__)
         self.first = {o: n.page for n in reversed(self.notebooks) for o in n.names if o in self.public}
 

@@ -1,7 +1,8 @@
 """Write README.md from the saved nbs/index.ipynb, without Quarto and without running anything.
 
 Cells with `#| hide` are left out, `#| echo: false` leaves a cell's outputs only, `#| output: false` its source only, links relative
-to nbs/ become relative to the project, and figures among the outputs go to index_files/. `tools/docs.py` makes the site's pages the same way."""
+to nbs/ become relative to the project, and figures among the outputs go to index_files/. `tools/docs.py` makes the site's pages
+the same way."""
 import posixpath, re, shutil
 from pathlib import Path
 from typing import Callable
@@ -12,6 +13,7 @@ from nbconvert import MarkdownExporter
 
 NOTE = "<!-- Made from nbs/index.ipynb by `make readme`: edit the notebook, not this file. -->"
 FIGURES = 'index_files'
+# Output in fences: indented, as nbconvert has it, it would join a list above it
 TEMPLATE = """{% extends 'markdown/index.md.j2' %}
 {% macro fenced(text) %}
 ```text
@@ -19,7 +21,7 @@ TEMPLATE = """{% extends 'markdown/index.md.j2' %}
 ```
 {% endmacro %}
 {% block stream %}{{ fenced(output.text | strip_ansi) }}{% endblock stream %}
-{% block data_text %}{{ fenced(output.data['text/plain']) }}{% endblock data_text %}""" # indented, as is usual, output would join a list above it
+{% block data_text %}{{ fenced(output.data['text/plain']) }}{% endblock data_text %}"""
 
 def relink(
     md:str, # Markdown
