@@ -8,9 +8,10 @@ import torch
 from fastai.callback.core import Callback
 
 from radam_fastai import bench
+from radam_fastai.recipes.optims import Optim
 from radam_fastai.rectify import rectification
 
-HERE = [o for o in bench.OPTIMS if o not in bench.missing(bench.OPTIMS)]
+HERE = [o for o in bench.TIMED if o not in bench.missing(bench.TIMED)]
 RADAMS = [o for o in HERE if o not in ('fastai-adam', 'torch-adamw-fused')]
 
 @pytest.fixture(autouse=True)
@@ -34,7 +35,7 @@ def cli(tmp_path, monkeypatch, capsys):
 def step(name, sizes, n=1):
     "The optimizer `name` after `n` steps with the same gradients, and its parameters before and after the last"
     params = bench.fresh_params(sizes)
-    opt,grads = bench.OPTIMS[name](params),[p.grad.clone() for p in params]
+    opt,grads = bench.TIMED[name](params),[p.grad.clone() for p in params]
     for _ in range(n):
         old = [p.detach().clone() for p in params]
         for p,g in zip(params, grads): p.grad.copy_(g)
@@ -71,7 +72,7 @@ def test_first_timed_step_is_rectified(name):
     assert moved == pytest.approx(1e-3*rectification(11, .99), rel=.05)
 
 def test_settings_are_the_same_for_all():
-    for o in bench.OPTIMS.values():
+    for o in bench.TIMED.values():
         k = o.kwargs
         assert (k['lr'], k['eps'], k.get('wd', k.get('weight_decay'))) == (1e-3, 1e-6, 1e-2)
         assert k.get('betas', (k.get('mom'), k.get('sqr_mom'))) == (.9, .99)
@@ -80,7 +81,7 @@ def test_decay_is_decoupled():
     "With zero gradients, decoupled decay scales the weights and leaves the averages at zero"
     for name in HERE:
         params = bench.fresh_params([(64,)])
-        old,opt = params[0].detach().clone(),bench.OPTIMS[name](params)
+        old,opt = params[0].detach().clone(),bench.TIMED[name](params)
         for _ in range(20):
             params[0].grad.zero_()
             opt.step()
@@ -161,7 +162,7 @@ def test_threads_are_put_back(tmp_path):
     assert torch.get_num_threads() == n
 
 def test_missing_libraries_are_named(monkeypatch, capsys, tmp_path):
-    monkeypatch.setitem(bench.OPTIMS, 'timm', bench.Contestant('nowhere RAdam', 'no_such_library.optim', 'RAdam', {}))
+    monkeypatch.setitem(bench.TIMED, 'timm', Optim('nowhere RAdam', 'no_such_library.optim', 'RAdam', {}))
     df = bench.main('step', models='tiny', optims='timm,fastai', rounds=1, device='cpu', out=tmp_path)
     assert df.optim.tolist() == ['ours', 'fastai']
     assert "left out, not installed: timm (to time them: pip install 'radam_fastai[bench]')" in capsys.readouterr().out
@@ -194,7 +195,7 @@ def test_bad_option_in_python():
 
 def test_help_names_everything(cli):
     status,out,_ = cli('--help')
-    known = {*bench.BENCHES, *bench.MODELS, *bench.OPTIMS} - {'tiny'}
+    known = {*bench.BENCHES, *bench.MODELS, *bench.TIMED} - {'tiny'}
     assert status == 0 and all(o in ''.join(out.split()) for o in known) # argparse breaks lines behind hyphens
 
 # --- callbacks

@@ -7,7 +7,8 @@ import pytest
 
 from attacks import FULL, tally
 from radam_fastai.recipes.data import unpack
-from radam_fastai.recipes.runs import OptionError, RecipeError, read_records
+from radam_fastai.recipes.cli import OptionError, RecipeError
+from radam_fastai.recipes.records import read_records
 from test_data import tar
 from test_resume import Stop, equal_jobs, ended, in_child, numbers, one, small_job
 

@@ -10,8 +10,10 @@ from radam_fastai.recipes import experiment, limits, robustness, sweep
 from radam_fastai.recipes.experiment import EXPERIMENTS
 from radam_fastai.recipes.jobs import run_job
 from radam_fastai.recipes.memory import crop_flip, tensor_dls
-from radam_fastai.recipes.runs import OptionError, RecipeError, append_record, read_records
-from radam_fastai.recipes.sweep import BETTER, CONTENDERS, contender, get_runs, labels, merit_table, near_range, sweep_table
+from radam_fastai.recipes.cli import OptionError, RecipeError
+from radam_fastai.recipes.optims import optims
+from radam_fastai.recipes.records import append_record, read_records
+from radam_fastai.recipes.sweep import BETTER, contender, get_runs, labels, merit_table, near_range, sweep_table
 from radam_fastai.rectify import rho_inf
 from test_data import short_header
 
@@ -81,14 +83,14 @@ def test_image_learners_differ_in_the_optimizer_alone(folder):
                                          {**robustness.SMALL, 'opt':opt, 'bs':10, 'lr':.01})
         learn.create_opt()
         return learn
-    first,*others = [begun(o) for o in CONTENDERS]
+    first,*others = [begun(o) for o in optims('recipe', 'experiment')]
     for learn in others:
         for p,q in zip(first.model.parameters(), learn.model.parameters()): assert torch.equal(p, q)
         h = learn.opt.hypers[0]
         assert (h['mom'], h['wd']) == (.9, 1e-4)
         if type(learn.opt).__name__ != 'SGD': assert (h['sqr_mom'], h['eps']) == (.99, 1e-8)
 
-@pytest.mark.parametrize('opt', CONTENDERS)
+@pytest.mark.parametrize('opt', optims('recipe', 'experiment'))
 def test_contenders_honour_their_settings(opt):
     n = dict(n_steps=7) if opt in ('adam-warmup','adam-2k') else {}
     o = contender(dict(opt=opt, mom=.8, sqr_mom=.95, eps=1e-3, wd=.2, epochs=3, **n))([torch.nn.Parameter(torch.ones(2))], lr=.1)

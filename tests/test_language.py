@@ -11,7 +11,7 @@ from radam_fastai.recipes.checkpoint import SeedEpochs, start_at
 from radam_fastai.recipes.jobs import Run, run_job
 from radam_fastai.recipes.language import (SIZES, Transformer, awd_lstm_learner, find_text, get_vocab, lm_dls, markov_text,
                                            sinusoids, transformer_learner)
-from radam_fastai.recipes.runs import OptionError
+from radam_fastai.recipes.cli import OptionError
 from test_resume import Stop, equal_jobs
 
 nets = dict(language=dict(emb_sz=8, n_hid=12, n_layers=2, drop_mult=.5, alpha=2., beta=1.),

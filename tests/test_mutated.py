@@ -10,7 +10,8 @@ from radam_fastai.all import load_strict
 from radam_fastai.optimizer import RAdam, Ranger, reference_settings
 from radam_fastai.recipes.checkpoint import RECORDED, load_checkpoint, restore_run, run_state, save_checkpoint
 from radam_fastai.recipes.jobs import Run, begin, finish, place, sitting
-from radam_fastai.recipes.runs import RecipeError, RunRecorder
+from radam_fastai.recipes.cli import RecipeError
+from radam_fastai.recipes.records import RunRecorder
 from radam_fastai.torch_optim import RAdam as TorchRAdam, RAdamWrapper
 from reference import plain_step
 from test_checkpoint import authors_state, averages, build, flat, frozen, hypers_of, identical, is_torch, numbers, param_lists, params_of, run

@@ -11,7 +11,8 @@ from radam_fastai import __version__
 from radam_fastai.recipes import demo, experiment, imagenette, jobs, precision
 from radam_fastai.recipes.presets import COMMON, PRESETS, published, resolve
 from radam_fastai.recipes.report import report, terminal_table
-from radam_fastai.recipes.runs import OptionError, RecipeError, read_records
+from radam_fastai.recipes.cli import OptionError, RecipeError
+from radam_fastai.recipes.records import read_records
 
 root = Path(__file__).resolve().parent.parent
 small = '--arch xresnet18 --size 32 --bs 16 --epochs 1 --workers 0'.split()

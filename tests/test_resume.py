@@ -13,7 +13,8 @@ from radam_fastai.optimizer import RAdamFn, RangerFn
 from radam_fastai.recipes import demo, imagenette, jobs
 from radam_fastai.recipes.checkpoint import epoch_seed, load_checkpoint, save_checkpoint
 from radam_fastai.recipes.jobs import Run, run_job
-from radam_fastai.recipes.runs import OptionError, RecipeError, read_records
+from radam_fastai.recipes.cli import OptionError, RecipeError
+from radam_fastai.recipes.records import read_records
 from radam_fastai.torch_optim import RAdamWrapper
 from test_learner import At, CPUMixedPrecision, get_learner, overflow
 

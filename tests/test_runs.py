@@ -1,21 +1,20 @@
 """What recipes share: records that survive, files that are whole, numbers that are right, reports from records alone."""
 import errno, json, math, os, resource, signal
-from functools import partial
 
 import numpy as np, pandas as pd, pytest
 from fastai.callback.core import Callback, CancelStepException
 from fastai.callback.training import GradientAccumulation
-from fastai.optimizer import Adam
 from PIL import Image
 
 from radam_fastai.callback import RectifierRecorder
 from radam_fastai.recipes import demo
 from radam_fastai.recipes.jobs import Run, run_job
 from radam_fastai.recipes.report import compare, groups, mean_std, report, summary
-from radam_fastai.recipes.runs import (OPTS, SCHEDS, RecipeError, RunRecorder, append_record, check_ranges, read_records, read_runs, rectifier_summary,
-                                       replacing, steps_frame)
+from radam_fastai.recipes.cli import RecipeError, check_ranges
+from radam_fastai.recipes.files import replacing
+from radam_fastai.recipes.optims import OPTIMS, SCHEDS, Optim, optims
+from radam_fastai.recipes.records import RunRecorder, append_record, read_records, read_runs, rectifier_summary, steps_frame
 from radam_fastai.rectify import rectification
-from radam_fastai.warmup import SGDFn
 
 # The file of records
 
@@ -93,7 +92,7 @@ def one_run(opt, out, cbs=None, fit=lambda l: l.fit_one_cycle(1, 1e-3)):
 factors = {'radam':lambda t: rectification(t, .99), 'ranger':lambda t: rectification(t, .99), 'adam':lambda t: 1.,
     'adam-linear':lambda t: min(1, t/200), 'adam-exponential':lambda t: 1-math.exp(-.01*t), 'sgd':lambda t: None}
 
-@pytest.mark.parametrize('opt', OPTS)
+@pytest.mark.parametrize('opt', optims('recipe'))
 def test_steps_and_epochs(opt, tmp_path):
     r,learn = one_run(opt, tmp_path, RectifierRecorder(table=False))
     rects = [factors[opt](t) for t in range(1, 23)]
@@ -113,9 +112,9 @@ def test_steps_and_epochs(opt, tmp_path):
     for c in 'step','rho','rect','lr','effective_lr','mom','sqr_mom': assert np.allclose(df[c], theirs[c], equal_nan=True, rtol=1e-9), c
     assert (df.adaptive == theirs.adaptive).all()
 
-@pytest.mark.parametrize('opt,adaptive', [(partial(Adam, sqr_mom=.99), True), (SGDFn, False)])
+@pytest.mark.parametrize('opt,adaptive', [(Optim('', 'fastai.optimizer', 'Adam', dict(sqr_mom=.99)), True), (OPTIMS['sgd'], False)])
 def test_optimizers_that_rectify_nothing(opt, adaptive, tmp_path, monkeypatch):
-    monkeypatch.setitem(OPTS, 'other', opt)
+    monkeypatch.setitem(OPTIMS, 'other', opt)
     r,_ = one_run('other', tmp_path)
     assert set(r['steps']['rect']) == {None} and set(r['steps']['adaptive']) == {adaptive} and r['rectifier'] is None
     df = pd.read_csv(tmp_path/'other-0.csv')

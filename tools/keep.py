@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from radam_fastai.recipes.report import find_records
-from radam_fastai.recipes.runs import append_record
+from radam_fastai.recipes.records import append_record
 
 UPDATES = {'degenerate': ('loss','adaptive'), 'adam-2k': ('loss',)} # experiment: columns of its updates that its answer needs
 

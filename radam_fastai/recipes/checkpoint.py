@@ -16,7 +16,9 @@ from numbers import Real
 from pathlib import Path
 from typing import Callable
 
-from .runs import RecipeError,RunRecorder,cannot_write,is_main,replacing,wrong_form # before fastai
+from .cli import RecipeError,is_main# before fastai
+from .files import cannot_write,replacing
+from .records import RunRecorder,wrong_form
 from ..checkpoint import disk_error,load_all,read_file
 
 import numpy as np

@@ -14,7 +14,8 @@ from pathlib import Path
 from .jobs import Run,run_job
 from .memory import digits,tensor_dls
 from .report import runs_table,save_plot,terminal_table
-from .runs import RANGES,Flag,check_out,check_ranges,command,is_main,opt_func,torch_threads
+from .cli import RANGES,Flag,check_out,check_ranges,command,is_main,torch_threads
+from .optims import opt_func
 
 import fastai.callback.progress,fastai.callback.schedule # progress bars, `fit_flat_cos`
 from fastai.data.core import DataLoaders

@@ -19,7 +19,7 @@ from fastai.distributed import DistributedDL,DistributedTrainer
 from fastai.torch_core import to_detach
 from fastcore.basics import chunked
 
-from .runs import RecipeError,is_main
+from .cli import RecipeError,is_main
 
 # %% ../../nbs/22_recipes.distributed.ipynb #db9d89f7
 class BatchShareDL(DistributedDL):

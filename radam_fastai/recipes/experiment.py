@@ -17,7 +17,7 @@ from .language import adam_2k,language
 from .limits import degenerate,variance
 from .report import conditions,find_records,once,report as write_report,terminal_table
 from .robustness import lr_robustness,warmup_lengths
-from .runs import (RANGES,Flag,OptionError,check,check_choice,check_out,check_ranges,command,expanded,is_main,names,numbers)
+from .cli import RANGES,Flag,OptionError,check,check_choice,check_out,check_ranges,command,expanded,is_main,names,numbers
 from .sweep import get_runs,write_shown
 
 # %% ../../nbs/44_recipes.experiment.ipynb #1e11312e

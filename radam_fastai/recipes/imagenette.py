@@ -14,12 +14,13 @@ import json
 from functools import partial
 from pathlib import Path
 
-from .data import ItemSeedDL,balanced,digest,download,find_folder,split_files
+from .data import ItemSeedDL,ReadableImageBlock,balanced,digest,download,find_folder,split_files
 from .jobs import Run,run_job
 from .precision import DevicePrecision,fast_settings,warn_slow_bf16
 from .presets import COMMON,published,resolve
 from .report import conditions,report as write_report,summary,terminal_table
-from .runs import OPTS,RANGES,SCHEDS,Flag,check,check_choice,check_out,check_ranges,command,expanded,is_main,opt_func
+from .cli import RANGES,Flag,check,check_choice,check_out,check_ranges,command,expanded,is_main
+from .optims import SCHEDS,opt_func,optims
 
 import fastai.callback.progress,fastai.callback.schedule # methods of `Learner`
 import torch
@@ -37,7 +38,6 @@ from fastai.metrics import accuracy,top_k_accuracy
 from fastai.torch_core import default_device,num_distrib
 from fastai.vision.augment import FlipItem,RandomErasing,RandomResizedCrop,Resize
 from fastai.vision.core import imagenet_stats
-from fastai.vision.data import ImageBlock
 from fastai.vision.models import xresnet
 from torch import nn
 
@@ -89,7 +89,7 @@ def get_dls(
 ) -> DataLoaders: # Batches of float images (`bs`, 3, `size`, `size`) and int64 labels
     "Training batches in random order, the last incomplete one dropped, and validation batches"
     batch_tfms = [Normalize.from_stats(*imagenet_stats)]*norm + ([RandomErasing(p=.3, max_count=3, sh=sh)] if sh else [])
-    block = DataBlock((ImageBlock, CategoryBlock), dl_type=ItemSeedDL, get_y=parent_label,
+    block = DataBlock((ReadableImageBlock, CategoryBlock), dl_type=ItemSeedDL, get_y=parent_label,
                       splitter=IndexSplitter(range(len(train), len(train)+len(valid))), item_tfms=[AUGS[aug](size), FlipItem(.5)], batch_tfms=batch_tfms)
     return block.dataloaders(train+valid, bs=bs, num_workers=workers)
 
@@ -166,7 +166,7 @@ def check_options(
     o:dict, # Settings and the other options of `main`
 ):
     "Raise an `OptionError` for the first option that cannot be used, whatever the images"
-    for name,allowed in dict(split=SPLITS, arch=ARCHS, opt=OPTS, sched=SCHEDS, aug=AUGS, act_fn=ACTS, pool=POOLS).items(): check_choice(name, o[name], allowed)
+    for name,allowed in dict(split=SPLITS, arch=ARCHS, opt=optims('recipe'), sched=SCHEDS, aug=AUGS, act_fn=ACTS, pool=POOLS).items(): check_choice(name, o[name], allowed)
     check_ranges(o, LIMITS)
     check_size(o)
     check(torch.cuda.is_available() or not o['fp16'], '--fp16: needs a GPU; a CPU can train with --bf16 1')

@@ -19,8 +19,9 @@ from typing import Callable
 from .checkpoint import RECORDED,EpochCheckpoint,SeedEpochs,load_checkpoint,start_at
 from .precision import leaving_autocast
 from .report import report,save_run
-from .runs import (OptionError,RecipeError,RunRecorder,append_record,cannot_write,check,check_out,environment,is_main,read_runs,
-                                       rectifier_summary,terminal_bars,wrong_form)
+from .cli import OptionError,RecipeError,check,check_out,is_main,terminal_bars
+from .files import cannot_write
+from .records import RunRecorder,append_record,environment,read_runs,rectifier_summary,wrong_form
 
 import torch
 from fastai.learner import Learner

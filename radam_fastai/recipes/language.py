@@ -18,7 +18,7 @@ from pathlib import Path
 from ..callback import GradientHistogram
 from ..plot import new_axes,plot_gradient_ridge
 from .data import find_folder
-from .runs import check
+from .cli import check
 from .sweep import Experiment,contender,curves_figure,grid,labels,show_sweep
 
 import fastai.callback.progress,fastai.callback.schedule # progress bars, `fit_flat_cos`

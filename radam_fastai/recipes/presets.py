@@ -8,7 +8,8 @@ A preset is a row of a table: what it changes in the common settings, the accura
 __all__ = ['COMMON', 'HYPERS', 'PRESETS', 'resolve', 'published']
 
 # %% ../../nbs/27_recipes.presets.ipynb #ae3eb29b
-from .runs import OPTS,check,check_choice,takes
+from .cli import check,check_choice
+from .optims import optims,takes
 
 # %% ../../nbs/27_recipes.presets.ipynb #51a59183
 COMMON = dict(
@@ -55,7 +56,7 @@ def resolve(
     res = {**theirs, **given}
     for k,scheds in dict(div=['one_cycle'], pct_start=['one_cycle','flat_cos']).items():
         check(res['sched'] in scheds or k not in given, f"--{k.replace('_','-')} {given.get(k)}: {res['sched']} has none; choose --sched {' or '.join(scheds)}")
-    check_choice('opt', res['opt'], OPTS)
+    check_choice('opt', res['opt'], optims('recipe'))
     for k in ('sqrmom','eps','beta'):
         check(not given.get(k) or takes(res['opt'], HYPERS.get(k, k)), f"--{k} {given.get(k)}: {res['opt']} has none")
     check(res['sa'] or not given.get('sym'), "--sym: is about self-attention, which is off; give --sa 1 as well")

@@ -19,7 +19,9 @@ import numpy as np
 import pandas as pd
 
 from ..plot import plot_runs,plot_summary
-from .runs import check,read_runs,replacing,steps_frame
+from .cli import check
+from .files import replacing
+from .records import read_runs,steps_frame
 
 # %% ../../nbs/23_recipes.report.ipynb #58c8592b
 def settings(

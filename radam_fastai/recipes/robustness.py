@@ -27,7 +27,7 @@ from torch import Tensor,nn
 
 from .data import digest,draw,find_folder,split_files,unreadable
 from .memory import crop_flip,digits,tensor_dls
-from .runs import check
+from .cli import check
 from .sweep import Experiment,contender,grid,show_sweep
 
 # %% ../../nbs/41_recipes.robustness.ipynb #95f84269
