@@ -6,12 +6,12 @@ Rectified Adam ([Liu et al., ICLR 2020](https://arxiv.org/abs/1908.03265)) is Ad
 
 Modules:
 
-- `radam_fastai.callback`: What the rectifier did at every update of a run: `learn.rectifier`
+- `radam_fastai.baselines`: Adam, its warm-ups, Adam-2k, Adam with a large eps and momentum SGD, each as an `opt_func` on the same fused step
 - `radam_fastai.functional`: The rectified step over lists of tensors: AdamW's fused kernel with another scalar
 - `radam_fastai.optimizer`: RAdam and Ranger for `Learner(..., opt_func=...)`: fastai's signatures, hyper-parameters, states and numbers, at the speed of a fused kernel
+- `radam_fastai.recorder`: What the rectifier did at every update of a run: `learn.rectifier`
 - `radam_fastai.rectify`: How far Adam's adaptive learning rate can be trusted after `t` gradients, as one number per step
 - `radam_fastai.schedule_free`: `schedulefree.RAdamScheduleFree` in a `Learner`: no warm-up, no schedule, no length to fix in advance
-- `radam_fastai.torch_optim`: The same rule as a `torch.optim.Optimizer`, and an `OptimWrapper` that brings it to a `Learner` without losing what fastai knows about its parameters
-- `radam_fastai.warmup`: Adam, its warm-ups, Adam-2k, Adam with a large eps and momentum SGD, each as an `opt_func` on the same fused step"""
+- `radam_fastai.torch_optim`: The same rule as a `torch.optim.Optimizer`, and an `OptimWrapper` that brings it to a `Learner` without losing what fastai knows about its parameters"""
 
 __version__ = "0.1.0"

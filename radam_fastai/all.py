@@ -7,23 +7,26 @@ The names a fastai user types, and no others: the optimizers, the factories (of 
 # %% auto #0
 __all__ = ['RAdam', 'RAdamFn', 'Ranger', 'RangerFn', 'ranger', 'RAdamWrapper', 'RAdamScheduleFree', 'RAdamScheduleFreeFn',
            'ScheduleFree', 'reference_settings', 'RectifierRecorder', 'GradientHistogram', 'AdaptiveLRVariance',
-           'WarmupAdvisor', 'LogTo', 'KeepGoing', 'StopOnNonFinite', 'load_strict', 'warmup_report',
-           'rectified_lr_find', 'AdamFn', 'AdamWarmupFn', 'AdamLinearFn', 'AdamExponentialFn', 'Adam2kFn', 'AdamEpsFn',
-           'SGDFn', 'rho_inf', 'rho', 'rectification', 'first_adaptive_step', 'implied_warmup']
+           'WarmupAdvisor', 'LogRectifier', 'FailSafe', 'LogTo', 'KeepGoing', 'StopOnNonFinite', 'load_strict',
+           'warmup_report', 'rectified_lr_find', 'AdamFn', 'AdamWarmupFn', 'AdamLinearFn', 'AdamExponentialFn',
+           'Adam2kFn', 'AdamEpsFn', 'SGDFn', 'rho_inf', 'rho', 'rectification', 'first_adaptive_step', 'implied_warmup']
 
 # %% ../nbs/90_all.ipynb #fc31dc8b
-from .callback import AdaptiveLRVariance, GradientHistogram, KeepGoing, LogTo, RectifierRecorder, StopOnNonFinite, rectified_lr_find
-from .checkpoint import load_strict
+from .advisor import WarmupAdvisor, warmup_report
+from .baselines import Adam2kFn, AdamEpsFn, AdamExponentialFn, AdamFn, AdamLinearFn, AdamWarmupFn, SGDFn
+from .finder import rectified_lr_find
+from .gradients import AdaptiveLRVariance, GradientHistogram
+from .guard import StopOnNonFinite, load_strict
+from .loggers import FailSafe, KeepGoing, LogRectifier, LogTo
 from .optimizer import RAdam, RAdamFn, Ranger, RangerFn, ranger, reference_settings
+from .recorder import RectifierRecorder
 from .rectify import first_adaptive_step, implied_warmup, rectification, rho, rho_inf
 from .schedule_free import RAdamScheduleFree, RAdamScheduleFreeFn, ScheduleFree
 from .torch_optim import RAdamWrapper
-from .warmup import (Adam2kFn, AdamEpsFn, AdamExponentialFn, AdamFn, AdamLinearFn, AdamWarmupFn, SGDFn, WarmupAdvisor,
-                                 warmup_report)
 
 # %% ../nbs/90_all.ipynb #4527ef2c
 _all_ = ['RAdam', 'RAdamFn', 'Ranger', 'RangerFn', 'ranger', 'RAdamWrapper', 'RAdamScheduleFree', 'RAdamScheduleFreeFn', 'ScheduleFree',
-         'reference_settings', 'RectifierRecorder', 'GradientHistogram', 'AdaptiveLRVariance', 'WarmupAdvisor', 'LogTo', 'KeepGoing', 'StopOnNonFinite',
-         'load_strict', 'warmup_report', 'rectified_lr_find',
+         'reference_settings', 'RectifierRecorder', 'GradientHistogram', 'AdaptiveLRVariance', 'WarmupAdvisor', 'LogRectifier', 'FailSafe', 'LogTo', 'KeepGoing',
+         'StopOnNonFinite', 'load_strict', 'warmup_report', 'rectified_lr_find',
          'AdamFn', 'AdamWarmupFn', 'AdamLinearFn', 'AdamExponentialFn', 'Adam2kFn', 'AdamEpsFn', 'SGDFn',
          'rho_inf', 'rho', 'rectification', 'first_adaptive_step', 'implied_warmup']

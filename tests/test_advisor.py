@@ -7,11 +7,11 @@ from fastai.basics import DataLoaders, Learner, OptimWrapper
 from fastai.callback.all import GradientAccumulation, ProgressCallback, SchedCos
 from torch import nn
 
-from radam_fastai.callback import RectifierRecorder
+from radam_fastai.recorder import RectifierRecorder
 from radam_fastai.optimizer import RAdam, RAdamFn, Ranger, reference_settings
 from radam_fastai.torch_optim import RAdamWrapper
-from radam_fastai.warmup import WarmupAdvisor, schedule_shape, steps_to, warmup_report
-from radam_fastai.readout import rectifier
+from radam_fastai.advisor import WarmupAdvisor, schedule_shape, steps_to, warmup_report
+from radam_fastai.introspect import find_rectifier
 from reference import plain_rect
 
 def rects(n, sqr_mom, threshold=5, start=0): return [plain_rect(t, sqr_mom, threshold) or 0. for t in range(start+1, start+n+1)]
@@ -63,7 +63,7 @@ def test_bad_input(args, error, match):
 
 def test_steps_to_is_the_first():
     for b in (.7, .9, .99, .999):
-        how,far = rectifier(RAdam(p(), .1)),rects(6000, b)
+        how,far = find_rectifier(RAdam(p(), .1)),rects(6000, b)
         for share in (0., .3, .9): assert steps_to(how, b, share) == next((t for t,x in enumerate(far, 1) if x > share), None)
     assert steps_to(how, .6, 0.) is None
 

@@ -8,7 +8,7 @@ from torch import nn
 from attacks import FULL, tally
 from radam_fastai.optimizer import RAdam, Ranger
 from radam_fastai.torch_optim import RAdam as TorchRAdam, RAdamWrapper
-from radam_fastai.warmup import SGD, Adam, Adam2kFn, AdamLinearFn
+from radam_fastai.baselines import SGD, Adam, Adam2kFn, AdamLinearFn
 from test_checkpoint import identical
 
 nan,inf = math.nan,math.inf

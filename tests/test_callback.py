@@ -11,10 +11,12 @@ from fastai.callback.all import CSVLogger, GradientAccumulation, ProgressCallbac
 from torch import nn
 
 from radam_fastai import callback
-from radam_fastai.callback import KeepGoing, LogTo, RectifierRecorder, check_csv, rectified_lr_find
-from radam_fastai.checkpoint import load_strict
+from radam_fastai.loggers import FailSafe, LogRectifier
+from radam_fastai.recorder import RectifierRecorder, check_csv
+from radam_fastai.finder import rectified_lr_find
+from radam_fastai.guard import load_strict
 from radam_fastai.optimizer import RAdam, Ranger, reference_settings
-from radam_fastai.readout import param_counts, rectifier, step_counts, updates_made
+from radam_fastai.introspect import param_counts, find_rectifier, step_counts, updates_made
 from radam_fastai.torch_optim import RAdamWrapper
 from reference import plain_rect
 
@@ -336,7 +338,7 @@ def test_functions_of_fastxtend():
     radam_foreach_step.__module__ = 'fastxtend.optimizer.foreach'
     opt = fo.Optimizer([nn.Parameter(torch.zeros(1))], [None], lr=.1)
     opt.opt_step = radam_foreach_step
-    assert rectifier(opt).rule(6, .99) == pytest.approx(plain_rect(6, .99, 5)) and rectifier(opt).sgd_phase == 'momentum'
+    assert find_rectifier(opt).rule(6, .99) == pytest.approx(plain_rect(6, .99, 5)) and find_rectifier(opt).sgd_phase == 'momentum'
 
 def test_counts_of_a_group_are_fetched_at_once(monkeypatch):
     "They may be on the device: what makes the host wait is counted"
@@ -575,10 +577,10 @@ def wandb_callback(monkeypatch):
     return module.WandbCallback(log=None, log_preds=False, log_model=False)
 
 @pytest.mark.parametrize('name', ['RAdam', 'wrapper', 'torch'])
-@pytest.mark.parametrize('bridge', ['WandbCallback', 'LogTo', 'KeepGoing'])
+@pytest.mark.parametrize('bridge', ['WandbCallback', 'LogRectifier', 'FailSafe'])
 def test_wandb(wandb, monkeypatch, bridge, name):
     learn = get_learner(opts[name])
-    learn.add_cb(wandb_callback(monkeypatch) if bridge == 'WandbCallback' else LogTo('wandb') if bridge == 'LogTo' else KeepGoing(LogTo('wandb')))
+    learn.add_cb(wandb_callback(monkeypatch) if bridge == 'WandbCallback' else LogRectifier('wandb') if bridge == 'LogRectifier' else FailSafe(LogRectifier('wandb')))
     learn.fit(2, .01)
     learn.validate()
     learn.lr_find(show_plot=False)
@@ -596,22 +598,22 @@ def without_run(monkeypatch): sys.modules['wandb'].run = None
 @pytest.mark.parametrize('spoil, error, match', [(without_wandb, ImportError, r"pip install 'radam_fastai\[loggers\]'"), (without_run, ValueError, 'call wandb.init'),])
 def test_a_logger_that_cannot_log_is_an_error_before_the_first_batch(wandb, monkeypatch, spoil, error, match):
     spoil(monkeypatch)
-    for cb in (LogTo('wandb'), KeepGoing(LogTo('wandb'))):
+    for cb in (LogRectifier('wandb'), FailSafe(LogRectifier('wandb'))):
         learn = get_learner(RAdam)
         learn.add_cb(cb)
         unchanged_by_a_failing_fit(learn, error, match)
 
 def test_log_to_refuses_what_is_no_logger():
-    with pytest.raises(ValueError, match="'tensorbord'"): LogTo('tensorbord')
-    learn = get_learner(RAdam, cbs=[LogTo(print)])
+    with pytest.raises(ValueError, match="'tensorbord'"): LogRectifier('tensorbord')
+    learn = get_learner(RAdam, cbs=[LogRectifier(print)])
     learn.remove_cb(learn.rectifier)
     with pytest.raises(ValueError, match='add one to the Learner'): learn.fit(1)
 
 def lines_for_trackers():
     "The lines that the notebook shows, by tracker"
-    cells = json.loads((Path(__file__).parents[1]/'nbs'/'10_callback.ipynb').read_text())['cells']
+    cells = json.loads((Path(__file__).parents[1]/'nbs'/'10_recorder.ipynb').read_text())['cells']
     text = next(t for t in (''.join(c['source']) for c in cells) if t.startswith('```python\nLogTo('))
-    return {name: code for code,name in re.findall(r'^(LogTo.*?)  +# (.*)$', text, re.M)}
+    return {name: code for code,name in re.findall(r'^(LogRectifier.*?)  +# (.*)$', text, re.M)}
 
 def stand_ins(learn):
     "Modules and objects with the signatures of packages that are not installed: what each was sent"
@@ -622,7 +624,7 @@ def stand_ins(learn):
         def log(self, metrics, step=None): sent['Trackio'].append(metrics)
     class Experiment:
         def log_metrics(self, dic, prefix=None, step=None, epoch=None): sent['Comet'].append(dic)
-    return sent,dict(mlflow=Mlflow(), trackio=Trackio(), experiment=Experiment(), learn=learn, LogTo=LogTo)
+    return sent,dict(mlflow=Mlflow(), trackio=Trackio(), experiment=Experiment(), learn=learn, LogRectifier=LogRectifier)
 
 @pytest.mark.parametrize('tracker', lines_for_trackers())
 def test_the_line_for_each_tracker(tracker, wandb, tmp_path):
@@ -645,8 +647,8 @@ def test_a_tracker_that_fails_does_not_end_the_fit():
     def fail(row):
         sent.append(row)
         if len(sent) == 3: raise ConnectionError('gone away')
-    learn = get_learner(RAdam, cbs=[LogTo(fail)])
-    with pytest.warns(UserWarning, match='LogTo failed in after_batch and takes no further part in this fit: gone away'): learn.fit(2, .01)
+    learn = get_learner(RAdam, cbs=[LogRectifier(fail)])
+    with pytest.warns(UserWarning, match='LogRectifier failed in after_batch and takes no further part in this fit: gone away'): learn.fit(2, .01)
     assert len(sent) == 3 and len(learn.rectifier.to_frame()) == 32
     learn.fit(1, .01)
     assert len(sent) == 3+8
@@ -744,7 +746,7 @@ def test_a_full_disk_costs_no_rows(tmp_path, monkeypatch):
 PARTIAL = '''
 import errno, resource, sys
 from pathlib import Path
-from radam_fastai.callback import append_whole
+from radam_fastai.recorder import append_whole
 path = Path(sys.argv[1])
 append_whole(path, b'first\\n')
 resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))
@@ -771,7 +773,7 @@ class Fragile(Callback):
 
 def test_keep_going():
     learn = get_learner(RAdam)
-    learn.add_cb(KeepGoing(cb := Fragile('after_batch', 5)))
+    learn.add_cb(FailSafe(cb := Fragile('after_batch', 5)))
     with pytest.warns(UserWarning, match='Fragile failed in after_batch and takes no further part in this fit: the server has gone away'): learn.fit(2, .01)
     assert len(learn.rectifier.to_frame()) == 32 and cb.n == 5
     learn.fit(1, .01)
@@ -779,10 +781,10 @@ def test_keep_going():
 
 def test_keep_going_does_not_hide_errors_before_the_first_batch_nor_fastais_signals():
     learn = get_learner(RAdam)
-    learn.add_cb(KeepGoing(Fragile('before_fit', 1)))
+    learn.add_cb(FailSafe(Fragile('before_fit', 1)))
     unchanged_by_a_failing_fit(learn, ConnectionError, 'gone away')
     learn = get_learner(RAdam)
-    learn.add_cb(KeepGoing(SkipAt(1)))
+    learn.add_cb(FailSafe(SkipAt(1)))
     learn.fit(1, .01)
     assert learn.rectifier.to_frame().event.tolist()[2:4] == ['skipped']*2
 

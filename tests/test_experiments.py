@@ -7,13 +7,13 @@ from fastai.callback.core import Callback
 from PIL import Image
 
 from radam_fastai.recipes import experiment, limits, robustness, sweep
-from radam_fastai.recipes.experiment import EXPERIMENTS
+from radam_fastai.experiments.main import EXPERIMENTS
 from radam_fastai.recipes.jobs import run_job
-from radam_fastai.recipes.memory import crop_flip, tensor_dls
+from radam_fastai.recipes.data import crop_flip, tensor_dls
 from radam_fastai.recipes.cli import OptionError, RecipeError
 from radam_fastai.recipes.optims import optims
 from radam_fastai.recipes.records import append_record, read_records
-from radam_fastai.recipes.sweep import BETTER, contender, get_runs, labels, merit_table, near_range, sweep_table
+from radam_fastai.experiments.sweep import BETTER, contender, get_runs, labels, merit_table, near_range, sweep_table
 from radam_fastai.rectify import rho_inf
 from test_data import short_header
 

@@ -9,8 +9,7 @@ from radam_fastai.optimizer import RAdamFn
 from radam_fastai.recipes import data
 from radam_fastai.recipes.checkpoint import SeedEpochs, start_at
 from radam_fastai.recipes.jobs import Run, run_job
-from radam_fastai.recipes.language import (SIZES, Transformer, awd_lstm_learner, find_text, get_vocab, lm_dls, markov_text,
-                                           sinusoids, transformer_learner)
+from radam_fastai.experiments.language import SIZES, Transformer, awd_lstm_learner, find_text, get_vocab, lm_dls, markov_text, sinusoids, transformer_learner
 from radam_fastai.recipes.cli import OptionError
 from test_resume import Stop, equal_jobs
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from radam_fastai.optimizer import RAdam, Ranger
 from radam_fastai.torch_optim import RAdam as TorchRAdam, RAdamWrapper
-from radam_fastai.warmup import Adam, Adam2kFn, AdamExponentialFn, AdamLinearFn, SGD
+from radam_fastai.baselines import Adam, Adam2kFn, AdamExponentialFn, AdamLinearFn, SGD
 from radam_fastai.rectify import rectification, rho, rho_inf
 from reference import plain_step
 from test_warmup import plain_adam, plain_sgd

@@ -10,7 +10,7 @@ from fastai.callback.all import GradientAccumulation, SaveModelCallback
 from fastai.learner import load_learner
 from torch import nn
 
-from radam_fastai.checkpoint import load_strict
+from radam_fastai.guard import load_strict
 from radam_fastai.optimizer import RAdamFn
 from radam_fastai.schedule_free import RAdamScheduleFree, RAdamScheduleFreeFn, ScheduleFree
 from test_learner import At, assert_same, flat, get_dls, get_learner as learner_of, get_model, halves, mse

@@ -9,8 +9,7 @@ from radam_fastai.bucket import Buckets
 from radam_fastai.functional import radam_step_
 from radam_fastai.optimizer import RAdam, RAdamFn, Ranger
 from radam_fastai.torch_optim import RAdam as TorchRAdam
-from radam_fastai.warmup import (Adam, Adam2kFn, AdamEpsFn, AdamExponentialFn, AdamFn, AdamLinearFn, AdamWarmupFn, SGD, SGDFn, after,
-                                 linear_warmup, never, no_warmup)
+from radam_fastai.baselines import Adam, Adam2kFn, AdamEpsFn, AdamExponentialFn, AdamFn, AdamLinearFn, AdamWarmupFn, SGD, SGDFn, after, linear_warmup, never, no_warmup
 from reference import plain_rect
 from test_learner import At, assert_close, assert_same, get_learner, no_warnings, steps, train_both
 from test_optimizer import same, set_grads, snapshot
