@@ -29,12 +29,14 @@ def data_path():
     if not path.is_dir(): pytest.skip('set RADAM_DATA to a folder of data archives to run this')
     return path
 
+MODULES = dict(demo='recipes.demo', imagenette='recipes.imagenette', experiment='experiments.main', bench='bench.main') # of the commands
+
 @pytest.fixture
 def cli(monkeypatch, capsys, tmp_path):
     "Run a recipe as its console script does, in this process: exit status, what went to stdout and to stderr"
     def _cli(name, *args):
         script = tmp_path/f'radam-{name}'
-        script.write_text(f'import sys\nfrom radam_fastai.recipes.{name} import main\nsys.exit(main())')
+        script.write_text(f'import sys\nfrom radam_fastai.{MODULES[name]} import main\nsys.exit(main())')
         monkeypatch.setattr(sys, 'argv', [str(script), *map(str, args)])
         with pytest.raises(SystemExit) as e: runpy.run_path(str(script), run_name='__main__')
         return e.value.code or 0, *capsys.readouterr()

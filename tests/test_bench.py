@@ -25,7 +25,7 @@ def tiny(monkeypatch):
 def cli(tmp_path, monkeypatch, capsys):
     "Runs `radam-bench` as its console script does: exit status, stdout, stderr"
     script = tmp_path/'radam-bench'
-    script.write_text('import sys\nfrom radam_fastai.bench import main\nif __name__ == "__main__": sys.exit(main())\n')
+    script.write_text('import sys\nfrom radam_fastai.bench.main import main\nif __name__ == "__main__": sys.exit(main())\n')
     def run(*args):
         monkeypatch.setattr(sys, 'argv', [str(script), *map(str, args)])
         with pytest.raises(SystemExit) as e: runpy.run_path(str(script), run_name='__main__')

@@ -10,7 +10,7 @@ from fastai.basics import (Callback, CancelBatchException, CancelEpochException,
 from fastai.callback.all import CSVLogger, GradientAccumulation, ProgressCallback, ShortEpochCallback
 from torch import nn
 
-from radam_fastai import callback
+from radam_fastai import recorder as callback
 from radam_fastai.loggers import FailSafe, LogRectifier
 from radam_fastai.recorder import RectifierRecorder, check_csv
 from radam_fastai.finder import rectified_lr_find

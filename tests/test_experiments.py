@@ -6,7 +6,7 @@ import numpy as np, pytest, torch
 from fastai.callback.core import Callback
 from PIL import Image
 
-from radam_fastai.recipes import experiment, limits, robustness, sweep
+from radam_fastai.experiments import images as robustness, main as experiment, sweep, theory as limits
 from radam_fastai.experiments.main import EXPERIMENTS
 from radam_fastai.recipes.jobs import run_job
 from radam_fastai.recipes.data import crop_flip, tensor_dls

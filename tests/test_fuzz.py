@@ -8,7 +8,7 @@ from fastcore.script import anno_parser
 from attacks import FULL, tally
 
 N = 600 if FULL else 40 # command lines of each kind for each command
-COMMANDS = {'demo':'recipes.demo', 'imagenette':'recipes.imagenette', 'experiment':'recipes.experiment', 'bench':'bench'}
+COMMANDS = {'demo':'recipes.demo', 'imagenette':'recipes.imagenette', 'experiment':'experiments.main', 'bench':'bench.main'}
 
 class Reached(Exception): "The command would have begun its work"
 
@@ -17,8 +17,8 @@ def command(monkeypatch, capsys, tmp_path, images):
     "Run a command up to the point where it would begin to work: exit status, or 'reached'; what went to stderr"
     monkeypatch.chdir(tmp_path)
     def begin(*a, **kw): raise Reached
-    for m in 'demo','imagenette','experiment': monkeypatch.setattr(import_module(f'radam_fastai.recipes.{m}'), 'run_job', begin)
-    bench,im = import_module('radam_fastai.bench'),import_module('radam_fastai.recipes.imagenette')
+    for m in 'demo','imagenette','experiment': monkeypatch.setattr(import_module(f'radam_fastai.{COMMANDS[m]}'), 'run_job', begin)
+    bench,im = import_module('radam_fastai.bench.main'),import_module('radam_fastai.recipes.imagenette')
     for k,b in bench.BENCHES.items(): monkeypatch.setitem(bench.BENCHES, k, b._replace(run=begin))
     monkeypatch.setattr(im, 'find_images', lambda path, *a: (images, 'made up') if path is None else (path, 'a folder')) # no download
     def _command(name, *args):

@@ -8,7 +8,7 @@ from fastai.basics import (Callback, CancelBackwardException, CancelBatchExcepti
 from fastai.callback.all import GradientAccumulation, GradientClip, MixedPrecision, ProgressCallback
 from torch import nn
 
-from radam_fastai import callback
+from radam_fastai import gradients as callback
 from radam_fastai.gradients import AdaptiveLRVariance, GradientHistogram, layer_parameters, log_edges, lr_variances, sample_coordinates, squared_averages, squared_gradients
 from radam_fastai.optimizer import RAdam, Ranger
 from radam_fastai.torch_optim import RAdamWrapper

@@ -8,7 +8,7 @@ from fastai.basics import Callback, CancelBatchException, CancelFitException, Ca
 from fastai.callback.all import GradientAccumulation, GradientClip, MixedPrecision, TerminateOnNaNCallback
 from torch import nn
 
-import radam_fastai.callback as cb
+import radam_fastai.guard as cb
 from radam_fastai.all import RAdam, RAdamFn, Ranger, RAdamWrapper, RectifierRecorder, StopOnNonFinite, load_strict
 from test_checkpoint import identical
 from test_learner import At, CPUMixedPrecision, all_equal, get_dls, get_learner, get_model, halves, mse, no_warnings, overflow, weights

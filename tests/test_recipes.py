@@ -8,7 +8,9 @@ from fastai.layers import AvgPool
 from PIL import Image
 
 from radam_fastai import __version__
-from radam_fastai.recipes import demo, experiment, imagenette, jobs, precision
+from conftest import MODULES
+from radam_fastai.experiments import main as experiment
+from radam_fastai.recipes import demo, imagenette, jobs, precision
 from radam_fastai.recipes.presets import COMMON, PRESETS, published, resolve
 from radam_fastai.recipes.report import report, terminal_table
 from radam_fastai.recipes.cli import OptionError, RecipeError
@@ -241,12 +243,10 @@ def test_interrupted(cli, tiny, images, tmp_path, monkeypatch):
 def test_exit_status_of_a_process(command):
     "And nothing but its own line, no warning of a library"
     env = {k: v for k,v in os.environ.items() if k != 'PYTHONWARNINGS'}
-    res = subprocess.run([sys.executable, '-m', f'radam_fastai.recipes.{command[0]}', *command[1:]], cwd=root, env=env, capture_output=True, text=True)
+    res = subprocess.run([sys.executable, '-m', f'radam_fastai.{MODULES[command[0]]}', *command[1:]], cwd=root, env=env, capture_output=True, text=True)
     assert res.returncode == 2 and res.stdout == '' and len(res.stderr.splitlines()) == 1, res.stderr
 
 # The terminal
-
-MODULES = dict(demo='recipes.demo', imagenette='recipes.imagenette', experiment='recipes.experiment', bench='bench')
 
 def shell(line, tmp_path, **env):
     "What becomes of a line of bash in which `radam-NAME` is a command"
