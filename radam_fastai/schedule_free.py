@@ -83,7 +83,7 @@ def train(self:RAdamScheduleFree):
     self._made_with = self._betas()
     self.opt.train()
 
-# %% ../nbs/05_schedule_free.ipynb #29e90d02
+# %% ../nbs/05_schedule_free.ipynb #0addcc35
 _counters = 'k','weight_sum','lr_max','scheduled_lr' # what a group counts; the two halves count alike
 
 @patch
@@ -98,7 +98,7 @@ def step(self:RAdamScheduleFree, closure=None):
     "Update every parameter that has a gradient"
     groups = self.opt.param_groups
     if not groups[0]['train_mode']:
-        raise RuntimeError("RAdamScheduleFree must be told when training begins and ends, which its callback does: Learner(..., cbs=ScheduleFree())")
+        raise RuntimeError("RAdamScheduleFree has to know when training begins and ends: its callback says so, Learner(..., cbs=ScheduleFree())")
     for g in groups: _check(g)
     self.train() # β1 may have changed
     halves = [self._halves(g) for g in groups]
@@ -108,19 +108,21 @@ def step(self:RAdamScheduleFree, closure=None):
         self.opt.param_groups = groups
         for g,(half,_) in zip(groups, halves): g.update({k: half[k] for k in _counters})
 
-# %% ../nbs/05_schedule_free.ipynb #ae0fd3cd
+# %% ../nbs/05_schedule_free.ipynb #3fdee1fe
 def _check_state(sd, opt):
     "Raise a `ValueError` that names what differs unless `sd` can be a state of `opt`"
-    if not isinstance(sd, dict) or not {'state', 'param_groups'} <= set(sd): raise ValueError("not the state of a PyTorch optimizer: it has no state and param_groups")
+    if not isinstance(sd, dict) or not {'state', 'param_groups'} <= set(sd):
+        raise ValueError("not the state of a PyTorch optimizer: it has no state and param_groups")
     groups,ours = sd['param_groups'],opt.param_groups
     sizes = [[len(g['params']) for g in gs] for gs in (groups, ours)]
     if sizes[0] != sizes[1]: raise ValueError(f"the groups of the checkpoint have {sizes[0]} parameters, this optimizer's {sizes[1]}")
     if lacks := set(ours[0]) - set.intersection(*map(set, groups)):
-        raise ValueError(f"the groups of the checkpoint have no {', '.join(sorted(lacks))}: was it saved by schedulefree's RAdamScheduleFree?")
+        raise ValueError(f"the groups of the checkpoint have no {', '.join(sorted(lacks))}: was it saved by RAdamScheduleFree?")
     for i,p in zip(chain(*(g['params'] for g in groups)), chain(*(g['params'] for g in ours))):
         for k in ('z', 'exp_avg_sq'):
             t = sd['state'].get(i, {}).get(k)
-            if t is not None and t.shape != p.shape: raise ValueError(f"{k} of parameter {i} has shape {tuple(t.shape)}, the parameter {tuple(p.shape)}")
+            if t is None or t.shape == p.shape: continue
+            raise ValueError(f"{k} of parameter {i} has shape {tuple(t.shape)}, the parameter {tuple(p.shape)}")
 
 @patch
 def state_dict(self:RAdamScheduleFree) -> dict:
@@ -132,7 +134,7 @@ def state_dict(self:RAdamScheduleFree) -> dict:
 def load_state_dict(self:RAdamScheduleFree,
     sd:dict, # State of `RAdamScheduleFree`, of this class or of the library's, saved in either mode
 ):
-    "Copy `sd`, or raise a `ValueError` that names what does not fit, with nothing changed; the parameters are taken to be those saved beside it"
+    "Copy `sd`, whose parameters the model holds by now or soon, or raise a `ValueError` that names what does not fit, with nothing changed"
     _check_state(sd, self.opt)
     old = self.state
     self.opt.load_state_dict(deepcopy(sd)) # PyTorch's keeps these very tensors
@@ -164,7 +166,7 @@ def _recalibrate(model, norms, batches):
     for xb in batches: model(*xb)
     for m,(training,momentum) in zip(norms, before): m.train(training).momentum = momentum
 
-# %% ../nbs/05_schedule_free.ipynb #8b41866d
+# %% ../nbs/05_schedule_free.ipynb #86a01a5b
 class ScheduleFree(Callback):
     "Train at y; validate, predict, save, export and stop at x: for a `Learner` with `RAdamScheduleFree`"
     order = ParamScheduler.order+1 # a scheduled β1 is set by then
@@ -173,9 +175,8 @@ class ScheduleFree(Callback):
     ): self.bn_batches,self.stale = bn_batches,[]
 
     def before_fit(self):
-        if self.opt is not None and not isinstance(self.opt, RAdamScheduleFree):
-            raise TypeError(f"ScheduleFree is the callback of RAdamScheduleFree, and this Learner's optimizer is {type(self.opt).__name__}: use opt_func=RAdamScheduleFreeFn")
-        self.run = self.opt is not None # an exported `Learner` has none
+        if self.opt is not None and not isinstance(self.opt, RAdamScheduleFree): # an exported `Learner` has none
+            raise TypeError(f"ScheduleFree needs opt_func=RAdamScheduleFreeFn, and this Learner's optimizer is {type(self.opt).__name__}")
 
     def before_epoch(self): self.learn._do_epoch_train = self._train_epoch
     def after_epoch(self): vars(self.learn).pop('_do_epoch_train', None)
