@@ -346,6 +346,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'radam_fastai.functional.layout': ('functional.html#layout', 'radam_fastai/functional.py'),
                                          'radam_fastai.functional.one_openmp_thread': ( 'functional.html#one_openmp_thread',
                                                                                         'radam_fastai/functional.py'),
+                                         'radam_fastai.functional.radam_reference': ( 'functional.html#radam_reference',
+                                                                                      'radam_fastai/functional.py'),
                                          'radam_fastai.functional.radam_step_': ( 'functional.html#radam_step_',
                                                                                   'radam_fastai/functional.py')},
             'radam_fastai.gradients': { 'radam_fastai.gradients.AdaptiveLRVariance': ( 'gradients.html#adaptivelrvariance',
