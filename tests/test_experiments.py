@@ -6,7 +6,7 @@ import numpy as np, pytest, torch
 from fastai.callback.core import Callback
 from PIL import Image
 
-from radam_fastai.experiments import images as robustness, main as experiment, sweep, theory as limits
+from radam_fastai.experiments import images, main as experiment, sweep, theory
 from radam_fastai.experiments.main import EXPERIMENTS
 from radam_fastai.recipes.jobs import run_job
 from radam_fastai.recipes.data import crop_flip, tensor_dls
@@ -61,7 +61,7 @@ def folder(tmp_path):
     return tmp_path/'photos'
 
 def test_images_are_read_and_normalised(folder):
-    (train,valid),about = robustness.load_images(folder, dict(size=4, n_items=None, n_valid=None, bs=10))
+    (train,valid),about = images.load_images(folder, dict(size=4, n_items=None, n_valid=None, bs=10))
     raw = np.repeat([25*c+i for c in range(10) for i in range(8)], 3*4*4).reshape(80,3,4,4)/255
     got = train[0].reshape(10, 8, -1).sort(dim=1)[0].reshape(80,3,4,4) # a class's images come in any order
     assert np.allclose(got, (raw-raw.mean())/raw[:,0].std(ddof=1), atol=1e-5)
@@ -73,14 +73,14 @@ def test_images_are_read_and_normalised(folder):
 def test_an_image_that_cannot_be_read(folder, damage):
     bad = folder/'train'/'c3'/'2.png'
     bad.write_bytes(bad.read_bytes()[:30] if damage == 'cut' else short_header())
-    with pytest.raises(RecipeError, match=f'{bad} is no image that can be read'): robustness.load_images(folder, dict(size=4, n_items=None, n_valid=None, bs=10))
+    with pytest.raises(RecipeError, match=f'{bad} is no image that can be read'): images.load_images(folder, dict(size=4, n_items=None, n_valid=None, bs=10))
 
 def test_image_learners_differ_in_the_optimizer_alone(folder):
-    loaded,_ = robustness.load_images(folder, dict(size=8, n_items=20, n_valid=None, bs=10))
+    loaded,_ = images.load_images(folder, dict(size=8, n_items=20, n_valid=None, bs=10))
     def begun(opt):
         torch.manual_seed(7)
-        learn = robustness.image_learner(loaded, {**robustness.SMALL, 'opt':opt, 'bs':10, 'n_steps':5, 'lr':.01} if opt in ('adam-warmup','adam-2k') else
-                                         {**robustness.SMALL, 'opt':opt, 'bs':10, 'lr':.01})
+        learn = images.image_learner(loaded, {**images.SMALL, 'opt':opt, 'bs':10, 'n_steps':5, 'lr':.01} if opt in ('adam-warmup','adam-2k') else
+                                         {**images.SMALL, 'opt':opt, 'bs':10, 'lr':.01})
         learn.create_opt()
         return learn
     first,*others = [begun(o) for o in optims('recipe', 'experiment')]
@@ -197,28 +197,28 @@ class Stop(Callback):
 def test_notes_survive_a_kill(tmp_path, tiny, monkeypatch):
     "What was noted in the first epoch is in the record of a run that was killed in the second"
     monkeypatch.setattr(sweep, 'save_figure', lambda *a: None)
-    shared,cells = limits.variance.budgets['small']
-    def runs(): return get_runs(limits.variance, {**shared, 'epochs':2}, cells[:1], [1])
+    shared,cells = theory.variance.budgets['small']
+    def runs(): return get_runs(theory.variance, {**shared, 'epochs':2}, cells[:1], [1])
     none = dict(write=lambda *a, **kw: None)
     whole, = run_job(runs(), tmp_path/'whole', 'variance', **none)
-    make = limits.variance.make
-    monkeypatch.setattr(limits.variance, 'make', lambda *a: make(*a).add_cb(Stop()))
+    make = theory.variance.make
+    monkeypatch.setattr(theory.variance, 'make', lambda *a: make(*a).add_cb(Stop()))
     with pytest.raises(KeyboardInterrupt): run_job(runs(), tmp_path/'killed', 'variance', **none)
-    monkeypatch.setattr(limits.variance, 'make', make)
+    monkeypatch.setattr(theory.variance, 'make', make)
     again, = run_job(runs(), tmp_path/'killed', 'variance', resume=True, **none)
     assert [s['epoch'] for s in again['sittings']] == [0, 1]
     assert json.dumps(again['notes']) == json.dumps(whole['notes']) and again['steps'] == whole['steps']
-    assert len(whole['notes']['variance']['scaled']) == limits.VARIANCE_STEPS
+    assert len(whole['notes']['variance']['scaled']) == theory.VARIANCE_STEPS
 
 # What they are about
 
 def test_degenerate_is_sgd_to_the_bit(tmp_path, tiny):
     "And not only by its losses: the parameters are equal"
-    shared,_ = limits.degenerate.budgets['small']
+    shared,_ = theory.degenerate.budgets['small']
     kept = {}
     for o in dict(opt='sgd'),dict(opt='radam', sqr_mom=2/3),dict(opt='radam', sqr_mom=.7):
         torch.manual_seed(0)
-        learn = robustness.image_learner(robustness.load_images(None, shared)[0], {**shared, **o, 'lr':.03})
+        learn = images.image_learner(images.load_images(None, shared)[0], {**shared, **o, 'lr':.03})
         learn.dls.train.rng = random.Random(0)
         with learn.no_bar(),learn.no_logging(): learn.fit(1, .03)
         kept[o.get('sqr_mom')] = torch.cat([p.detach().flatten() for p in learn.model.parameters()])

@@ -8,7 +8,7 @@ from fastai.basics import (Callback, CancelBackwardException, CancelBatchExcepti
 from fastai.callback.all import GradientAccumulation, GradientClip, MixedPrecision, ProgressCallback
 from torch import nn
 
-from radam_fastai import gradients as callback
+from radam_fastai import gradients
 from radam_fastai.gradients import AdaptiveLRVariance, GradientHistogram, layer_parameters, log_edges, lr_variances, sample_coordinates, squared_averages, squared_gradients
 from radam_fastai.optimizer import RAdam, Ranger
 from radam_fastai.torch_optim import RAdamWrapper
@@ -265,18 +265,18 @@ def test_gradients_on_two_devices(monkeypatch):
     r = nn.Parameter(torch.zeros(2))
     r.grad = torch.tensor([3., .5])
     h.sample.append((r, torch.arange(2)))
-    monkeypatch.setattr(callback, '_by_device', list) # each tensor on a device of its own
+    monkeypatch.setattr(gradients, '_by_device', list) # each tensor on a device of its own
     assert h.measure().tolist() == [0, 1, 1, 2, 1, 0]
 
 def test_variance_of_parameters_on_two_devices(monkeypatch):
     whole,parts = (get_learner(cbs=AdaptiveLRVariance(8)) for _ in range(2))
     whole.fit(1, .01)
-    monkeypatch.setattr(callback, '_by_device', list)
+    monkeypatch.setattr(gradients, '_by_device', list)
     parts.fit(1, .01)
     assert (whole.adaptive_lr_variance.v == parts.adaptive_lr_variance.v).all()
     monkeypatch.undo()
     a,b = torch.ones(2, device='meta'),torch.ones(3)
-    assert [t.device.type for t in callback._by_device([b, a, b])] == ['cpu', 'meta'] and len(callback._by_device([b, b])[0]) == 6
+    assert [t.device.type for t in gradients._by_device([b, a, b])] == ['cpu', 'meta'] and len(gradients._by_device([b, b])[0]) == 6
 
 # Warnings
 
