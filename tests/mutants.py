@@ -2,12 +2,17 @@
 
 Each mutant is a copy of the project with one replacement made in a module. A mutant that no test catches is a missing test.
 It is not part of the suite: it takes some minutes."""
-import os, shutil, subprocess, sys, tempfile
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
 
-modules = 'rectify','parity','warmup','optimizer','checkpoint','torch_optim','learner','callback','gradients','advisor','guard','mutated','numbers','bad_input' # with tests to run
+modules = ['rectify', 'parity', 'baselines', 'optimizer', 'checkpoint', 'torch_optim', 'torch_state', 'torch_wrapper', 'learner', 'recorder', 'loggers',
+           'finder', 'gradients', 'advisor', 'guard', 'mutated', 'numbers', 'bad_input'] # with tests to run
 
 mutants = { # name: (module, what is there, what stands there instead)
     'threshold 4 instead of 5':      ('rectify', 'threshold:float=5, # The adaptive', 'threshold:float=4, # The adaptive'),
@@ -66,7 +71,7 @@ mutants = { # name: (module, what is there, what stands there instead)
     'waits mixed':                   ('baselines', "(*kind.counts, s.get('waited', 0))", 'kind.counts'),
     'a changed wait unnoticed':      ('baselines', "and all(len({s.get('waited', 0) for s in b.states}) == 1 for b in self.buckets)", ''),
     'any wait is loaded':            ('baselines', 'if waited > step:', 'if False:'),
-    'a wait is forgotten':           ('checkpoint', 'and waited == 0):', '):', 'warmup'),
+    'a wait is forgotten':           ('checkpoint', 'and waited == 0):', '):', 'baselines'),
     'captured in a graph':           ('functional', 'if torch.cuda.is_available() and', 'if False and', 'around'),
     'fake tensors are believed':     ('functional', 'with no_dispatch():', 'if True:', 'around'),
     'debiased in float32':           ('functional', "device.type == 'cpu' or debias_error(step, mom, sqr_mom) <= KERNEL_TOL", 'True', 'around'),
@@ -109,7 +114,7 @@ mutants = { # name: (module, what is there, what stands there instead)
     'a second state in the wrapper': ('torch_optim', 'def state(self): return self.opt.state', 'def state(self): return self.__dict__.setdefault("_state", defaultdict(dict))'),
 }
 
-near_by = dict(introspect=['callback'], recorder=['callback'], loggers=['callback'], finder=['callback'], baselines=['warmup']) # whose tests to run next to a module's own
+near_by = dict(introspect=['recorder', 'finder'], torch_optim=['torch_state', 'torch_wrapper']) # whose tests to run next to a module's own
 near_tests = dict(functional='numbers') # and first, for those that follow
 unbreakable = { # of the guard, the loaders, and where numbers end
     'NaN is loaded':                 ('checkpoint', 'if not t.detach().to(p.dtype).isfinite().all():', 'if False:'),

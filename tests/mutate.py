@@ -1,7 +1,12 @@
 """A seeded mutator of what checkpoints are made of: nests of dicts, lists, numbers and tensors, and the files that hold them."""
-import io, math, os, pickle, zipfile
+import io
+import math
+import os
+import pickle
+import zipfile
 
 import torch
+
 
 class RunsCode:
     "Makes the file `path` when it is unpickled"

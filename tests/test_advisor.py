@@ -1,18 +1,24 @@
 """The advisor's numbers against r_t on the step counts of runs that were really made, and its advice for each way to go wrong."""
-import re, warnings
+import re
+import warnings
 from functools import partial
 
-import fastai.optimizer as fo, matplotlib.pyplot as plt, numpy as np, pytest, torch
+import fastai.optimizer as fo
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
 from fastai.basics import DataLoaders, Learner, OptimWrapper
 from fastai.callback.all import GradientAccumulation, ProgressCallback, SchedCos
 from torch import nn
 
-from radam_fastai.recorder import RectifierRecorder
-from radam_fastai.optimizer import RAdam, RAdamFn, Ranger, reference_settings
-from radam_fastai.torch_optim import RAdamWrapper
+from helpers import Data, plain_rect
 from radam_fastai.advisor import WarmupAdvisor, schedule_shape, steps_to, warmup_report
 from radam_fastai.introspect import find_rectifier
-from reference import plain_rect
+from radam_fastai.optimizer import RAdam, RAdamFn, Ranger, reference_settings
+from radam_fastai.recorder import RectifierRecorder
+from radam_fastai.torch_optim import RAdamWrapper
+
 
 def rects(n, sqr_mom, threshold=5, start=0): return [plain_rect(t, sqr_mom, threshold) or 0. for t in range(start+1, start+n+1)]
 
@@ -84,9 +90,6 @@ def test_plot():
     plt.close('all')
 
 # --- before a fit
-
-class Data(list):
-    def new_empty(self): return Data()
 
 def get_learner(opt_func, n=64, **kwargs):
     ds = Data((torch.randn(4), torch.randn(2)) for _ in range(n))

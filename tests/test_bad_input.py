@@ -1,15 +1,17 @@
 """Hyper-parameters, settings, parameters and gradients that cannot be: each is an error that names it, before anything has changed."""
-import math, random
+import math
+import random
 from functools import partial
 
-import fastai.optimizer as fo, pytest, torch
+import fastai.optimizer as fo
+import pytest
+import torch
 from torch import nn
 
-from attacks import FULL, tally
+from helpers import FULL, identical, tally
+from radam_fastai.baselines import SGD, Adam, Adam2kFn, AdamLinearFn
 from radam_fastai.optimizer import RAdam, Ranger
 from radam_fastai.torch_optim import RAdam as TorchRAdam, RAdamWrapper
-from radam_fastai.baselines import SGD, Adam, Adam2kFn, AdamLinearFn
-from test_checkpoint import identical
 
 nan,inf = math.nan,math.inf
 FASTAI = dict(lr=[0, inf], mom=[0, 1], sqr_mom=[0, 1], eps=[0, inf], wd=[0, inf], beta=[0, inf]) # what is allowed: from the first number to below the second

@@ -1,5 +1,6 @@
 "The step benchmark: what it counts, what it writes and what it refuses. No test depends on how long anything takes."
-import json, shlex
+import json
+import shlex
 from functools import partial
 
 import numpy as np

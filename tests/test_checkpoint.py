@@ -1,74 +1,36 @@
 "States that fastai's, PyTorch's and the authors' optimizers saved: read, continued, copied, or refused with nothing changed."
-import copy, io, math, pickle
+import copy
+import math
+import pickle
 from functools import partial
 
 import fastai.optimizer as fo
 import pytest
 import torch
 from fastcore.foundation import L
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import nn
 
+from helpers import (
+    SHAPES,
+    authors_state,
+    averages,
+    build,
+    close,
+    f64,
+    flatten,
+    frozen,
+    hypers_of,
+    identical,
+    is_torch,
+    numbers,
+    params_of,
+    plain_step,
+    run,
+    through_file,
+)
 from radam_fastai.optimizer import RAdam, Ranger, reference_settings
 from radam_fastai.torch_optim import RAdam as TorchRAdam
-from reference import plain_step
-
-f64 = torch.float64
-SHAPES = [[(3,4), (5,)], [(), (2,3)]] # two groups
-
-def numbers(shape, seed, dtype=f64): return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=f64).to(dtype)
-def flat(groups): return [o for g in groups for o in g]
-def is_torch(cls): return 'torch' in getattr(cls, 'func', cls).__module__
-def param_lists(opt): return [g['params'] for g in opt.param_groups]
-def params_of(opt): return flat(param_lists(opt))
-def hypers_of(opt): return getattr(opt, 'hypers', opt.param_groups) # what can be set, per group
-
-def build(cls, shapes=SHAPES, dtype=f64, like=None, **kw):
-    "An optimizer of class `cls` (fastai's kind or torch's) over groups of parameters, the same each time, or equal to those of `like`"
-    n = iter(range(100))
-    groups = [[nn.Parameter(numbers(s, next(n), dtype)) for s in g] for g in shapes]
-    if like is not None:
-        for p,q in zip(flat(groups), params_of(like)): p.data.copy_(q.data)
-    kw = copy.deepcopy({'lr': .05, **getattr(cls, 'keywords', {}), **kw})
-    return cls([dict(params=g) for g in groups] if is_torch(cls) else groups, **kw)
-
-def run(opt, steps, missing=lambda t: ()):
-    "Steps with seeded gradients, none for the parameters numbered in `missing(t)`"
-    for t in steps:
-        for i,p in enumerate(params_of(opt)): p.grad = None if i in missing(t) else numbers(p.shape, 1000+100*t+i, p.dtype)
-        opt.step()
-    return opt
-
-def through_file(sd, **kw):
-    "`sd` written and read again"
-    f = io.BytesIO()
-    torch.save(sd, f)
-    f.seek(0)
-    return torch.load(f, **{'weights_only': True, **kw})
-
-def close(a, b, tol=1e-12):
-    for i,(p,q) in enumerate(zip(params_of(a), params_of(b), strict=True)):
-        torch.testing.assert_close(p, q, rtol=tol, atol=tol, msg=lambda m: f'parameter {i}: {m}')
-
-def identical(a, b):
-    "Whether two nests of containers and tensors are equal to the bit"
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and (a.dtype, a.shape) == (b.dtype, b.shape) and bool(((a == b) | (a != a) & (b != b)).all())
-    if isinstance(a, dict): return a.keys() == b.keys() and all(identical(v, b[k]) for k,v in a.items())
-    if isinstance(a, (list, tuple, L)): return len(a) == len(b) and all(map(identical, a, b))
-    return a == b or a != a and b != b
-
-def frozen(opt): return copy.deepcopy([[p.detach() for p in params_of(opt)], opt.state_dict()])
-
-def averages(opt):
-    "(step, m, v) of each parameter, whatever they are called"
-    res = []
-    for p in params_of(opt):
-        s = opt.state[p]
-        m,v = (s.get(a, s.get(b)) for a,b in (('grad_avg', 'exp_avg'), ('sqr_avg', 'exp_avg_sq')))
-        res.append(None if m is None else (int(s['step']), m, v))
-    return res
 
 # ---- one run, two optimizers
 
@@ -114,14 +76,6 @@ def test_hypers_of_each_group_are_loaded(name):
     b.load_state_dict(copy.deepcopy(a.state_dict()))
     assert [g['lr'] for g in b.param_groups] == [.01, .02]
     close(run(b, range(8, 12)), run(a, range(8, 12)))
-
-def authors_state(opt, states, hypers):
-    "What the authors' optimizer would save: torch's layout, `step` an int, a `buffer` in each group, none of torch's later settings"
-    n = iter(range(100))
-    buffer = [[None]*3 for _ in range(10)]
-    buffer[8] = [8, 7.6, .04]
-    return {'state': {i: {'step': s['t'], 'exp_avg': s['m'], 'exp_avg_sq': s['v']} for i,s in enumerate(states) if s},
-            'param_groups': [{**hypers, 'buffer': buffer, 'params': [next(n) for _ in pg]} for pg in param_lists(opt)]}
 
 @pytest.mark.parametrize('n', [0, 3, 8])
 @pytest.mark.parametrize('target,phase', [(partial(RAdam, **reference_settings['author']), 'skip'), (TorchRAdam, 'momentum')], ids=['fastai', 'torch'])
@@ -382,7 +336,7 @@ REFUSED = { # name: (the state, what the error says)
     'model weights':        (lambda: nn.Linear(2, 2).state_dict(), 'weight, bias'),
     'one key':              (edit(cut('hypers'), fastai_sd), 'hypers'),
     'the other key':        (edit(cut('state'), fastai_sd), 'state'),
-    'groups':               (partial(fastai_sd, shapes=[flat(SHAPES)]), '1 parameter groups.* 2'),
+    'groups':               (partial(fastai_sd, shapes=[flatten(SHAPES)]), '1 parameter groups.* 2'),
     'parameters':           (partial(fastai_sd, shapes=[*SHAPES[:1], [()]]), '3 parameters.* 4'),
     'shape':                (partial(fastai_sd, shapes=[[(4,3), (5,)], SHAPES[1]]), r'parameter 0 \(shape \(3, 4\)\).*\(4, 3\)'),
     'shape of one average': (edit(put('state', 3, 'sqr_avg', torch.zeros(3, 2)), fastai_sd), r'parameter 3 \(shape \(2, 3\)\).*sqr_avg.*\(3, 2\)'),
@@ -396,7 +350,7 @@ REFUSED = { # name: (the state, what the error says)
     'fastai RMSProp':       (partial(fastai_sd, fo.RMSProp), 'parameter 0.*no grad_avg, step'),
     'fastai QHAdam':        (partial(fastai_sd, fo.QHAdam), 'nu_1, nu_2'),
     'fastai Larc':          (partial(fastai_sd, fo.Larc), 'parameter 0.*no sqr_avg, step'),
-    'torch, groups':        (partial(torch_sd, shapes=[flat(SHAPES)]), '1 parameter groups.* 2'),
+    'torch, groups':        (partial(torch_sd, shapes=[flatten(SHAPES)]), '1 parameter groups.* 2'),
     'torch, sizes of groups': (partial(torch_sd, shapes=[SHAPES[0][:1], SHAPES[0][1:]+SHAPES[1]]), r'\[1, 3\].*\[2, 2\]'),
     'torch, shape':         (partial(torch_sd, shapes=[[(4,3), (5,)], SHAPES[1]]), r'parameter 0 \(shape \(3, 4\)\).*\(4, 3\)'),
     **{f'torch, no {k}':    (edit(cut('state', 1, k), torch_sd), f'parameter 1.*no {v}') for k,v in dict(exp_avg='grad_avg', exp_avg_sq='sqr_avg', step='step').items()},

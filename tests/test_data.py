@@ -1,25 +1,26 @@
 """Data that is missing, damaged or dangerous is named, and never half-used; augmentation depends on the item alone."""
-import hashlib, io, os, random, shutil, struct, subprocess, sys, tarfile, time, zlib
+import hashlib
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
 
-import pytest, torch
+import pytest
+import torch
 from fastai.torch_core import set_seed
 
+from helpers import ended, forked, short_header, tar
 from radam_fastai.recipes import data, imagenette
-from radam_fastai.recipes.data import balanced, check_sum, digest, from_archives, split_files, unpack
 from radam_fastai.recipes.cli import RecipeError
+from radam_fastai.recipes.data import balanced, check_sum, digest, split_files, unpack
 from radam_fastai.recipes.records import read_records
-from test_resume import ended, in_child
 
-def tar(path, **members):
-    "An archive of regular files, or of `TarInfo`s as they are"
-    with tarfile.open(path, 'w:gz') as t:
-        for name,o in members.items():
-            if isinstance(o, tarfile.TarInfo): t.addfile(o)
-            else: t.add(o, name.replace('__', '/'))
-    return path
 
 def info(name, **kw):
     t = tarfile.TarInfo(name)
@@ -55,7 +56,7 @@ def test_several_processes_unpack_one_archive(images, tmp_path, monkeypatch):
     (tmp_path/'data'/'.making-x'/'x'/'n00').mkdir(parents=True)
     (tmp_path/'data'/'.making-x'/'x'/'n00'/'half.jpg').write_bytes(b'half')
     monkeypatch.setattr(data, 'check_sum', lambda a: time.sleep(.3)) # so that all have come before the first is done
-    assert [ended(pid) for pid in [in_child(partial(unpack, [a], dest)) for _ in range(4)]] == [0]*4
+    assert [ended(pid) for pid in [forked(partial(unpack, [a], dest)) for _ in range(4)]] == [0]*4
     assert digest(sorted(dest.rglob('*.jpg')), dest) == digest(sorted((images/'train').rglob('*.jpg')), images/'train')
     assert [p.name for p in (tmp_path/'data').glob('[!.]*')] == ['x'] and not (tmp_path/'data'/'.making-x').exists()
 
@@ -210,11 +211,6 @@ def test_augmentation_leaves_the_generator_alone(images):
     after = random.random()
     random.seed(5)
     assert after == random.random()
-
-def short_header():
-    "A PNG whose first chunk is too short: of this, Pillow raises a ValueError"
-    chunk = b'IHDR' + bytes(5)
-    return b'\x89PNG\r\n\x1a\n' + struct.pack('>I', 5) + chunk + struct.pack('>I', zlib.crc32(chunk))
 
 @pytest.mark.parametrize('damage', ['cut', 'text', 'empty', 'header'])
 @pytest.mark.parametrize('workers,name', [(0,'val/n03/1.jpg'), (2,'val/n03/1.jpg'), (0,'train/n00/0.jpg')]) # fastai reads the first by itself

@@ -1,8 +1,13 @@
 """Two processes train the run that one process trains, the first of them writes, and the death of one ends the job."""
-import os, runpy, shutil, subprocess, sys
+import os
+import runpy
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
-import pytest, torch
+import pytest
+import torch
 
 from radam_fastai.recipes.checkpoint import load_checkpoint
 from radam_fastai.recipes.records import read_records

@@ -1,21 +1,23 @@
 """The experiments: the same weights and batches for all, numbers that are the records', answers from records alone."""
-import json, random, shutil
-from pathlib import Path
+import json
+import random
 
-import numpy as np, pytest, torch
+import numpy as np
+import pytest
+import torch
 from fastai.callback.core import Callback
 from PIL import Image
 
+from helpers import short_header
 from radam_fastai.experiments import images, main as experiment, sweep, theory
 from radam_fastai.experiments.main import EXPERIMENTS
-from radam_fastai.recipes.jobs import run_job
-from radam_fastai.recipes.data import crop_flip, tensor_dls
+from radam_fastai.experiments.sweep import BETTER, contender, get_runs, labels, merit_table, near_range, sweep_table
 from radam_fastai.recipes.cli import OptionError, RecipeError
+from radam_fastai.recipes.data import crop_flip, tensor_dls
+from radam_fastai.recipes.jobs import run_job
 from radam_fastai.recipes.optims import optims
 from radam_fastai.recipes.records import append_record, read_records
-from radam_fastai.experiments.sweep import BETTER, contender, get_runs, labels, merit_table, near_range, sweep_table
 from radam_fastai.rectify import rho_inf
-from test_data import short_header
 
 # Images in memory
 

@@ -1,11 +1,14 @@
 """Thousands of command lines, drawn by a seeded generator: a wrong one ends in one clear line and status 2, never in a traceback."""
-import inspect, random, runpy, sys
+import inspect
+import random
+import runpy
+import sys
 from importlib import import_module
 
 import pytest
 from fastcore.script import anno_parser
 
-from attacks import FULL, tally
+from helpers import FULL, tally
 
 N = 600 if FULL else 40 # command lines of each kind for each command
 COMMANDS = {'demo':'recipes.demo', 'imagenette':'recipes.imagenette', 'experiment':'experiments.main', 'bench':'bench.main'}

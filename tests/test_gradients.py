@@ -1,20 +1,42 @@
 """The recorders of gradients against numpy on gradients and averages that an independent callback has copied."""
-import copy, pickle, random
+import copy
+import pickle
+import random
 from functools import partial
 
-import fastai.optimizer as fo, numpy as np, pytest, torch
-from fastai.basics import (Callback, CancelBackwardException, CancelBatchException, CancelStepException, CancelTrainException, DataLoaders,
-                            Learner, OptimWrapper, load_learner)
+import fastai.optimizer as fo
+import numpy as np
+import pytest
+import torch
+from fastai.basics import (
+    Callback,
+    CancelBackwardException,
+    CancelBatchException,
+    CancelStepException,
+    CancelTrainException,
+    DataLoaders,
+    Learner,
+    OptimWrapper,
+    load_learner,
+)
 from fastai.callback.all import GradientAccumulation, GradientClip, MixedPrecision, ProgressCallback
 from torch import nn
 
+from helpers import Data
 from radam_fastai import gradients
-from radam_fastai.gradients import AdaptiveLRVariance, GradientHistogram, layer_parameters, log_edges, lr_variances, sample_coordinates, squared_averages, squared_gradients
+from radam_fastai.gradients import (
+    AdaptiveLRVariance,
+    GradientHistogram,
+    layer_parameters,
+    log_edges,
+    lr_variances,
+    sample_coordinates,
+    squared_averages,
+    squared_gradients,
+)
 from radam_fastai.optimizer import RAdam, Ranger
 from radam_fastai.torch_optim import RAdamWrapper
 
-class Data(list):
-    def new_empty(self): return Data()
 
 def first_and_rest(m): return [list(m[0].parameters()), list(m[2].parameters())]
 

@@ -1,18 +1,21 @@
 """Before a bad update training stops, with everything as the last good one left it; what was saved is loaded whole or not at all."""
-import copy, math, os, warnings
+import copy
+import math
+import os
+import warnings
 from datetime import timedelta
 from functools import partial
 
-import fastai.optimizer as fo, pytest, torch
+import fastai.optimizer as fo
+import pytest
+import torch
 from fastai.basics import Callback, CancelBatchException, CancelFitException, CancelStepException, OptimWrapper
-from fastai.callback.all import GradientAccumulation, GradientClip, MixedPrecision, TerminateOnNaNCallback
+from fastai.callback.all import GradientAccumulation, GradientClip, TerminateOnNaNCallback
 from torch import nn
 
 import radam_fastai.guard as cb
-from radam_fastai.all import RAdam, RAdamFn, Ranger, RAdamWrapper, RectifierRecorder, StopOnNonFinite, load_strict
-from test_checkpoint import identical
-from test_learner import At, CPUMixedPrecision, all_equal, get_dls, get_learner, get_model, halves, mse, no_warnings, overflow, weights
-from test_mutated import in_child
+from helpers import At, CPUMixedPrecision, all_equal, get_learner, get_model, halves, identical, no_warnings, overflow, result_of, weights
+from radam_fastai.all import RAdam, RAdamFn, RAdamWrapper, Ranger, RectifierRecorder, StopOnNonFinite, load_strict
 
 f32 = torch.float32
 OPTS = dict(RAdam=RAdam, Ranger=partial(Ranger, k=3), RAdamWrapper=RAdamWrapper, adam=fo.Adam, ranger=fo.ranger)
@@ -113,7 +116,7 @@ def test_fastais_events_go_on(tmp_path):
         order = 99
         def __call__(self, event): seen.append(event)
     learn,guard,_ = guarded(tmp_path, 'RAdam', Watch(), BAD['nan loss'][0](7))
-    i = seen.index('before_fit')
+    assert 'before_fit' in seen
     assert seen[-2:] == ['after_cancel_fit', 'after_fit'] and seen.count('after_step') == 7 and seen.count('after_batch') == 7+5 # five to validate
     learn.fit(1, .02) # and can be used again
 
@@ -264,7 +267,7 @@ def test_all_processes_stop_together(tmp_path):
             os._exit(not ok)
         said = rank(2, tmp_path, 0)
         return said,os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    said,status = in_child(lambda: list(first()))
+    said,status = result_of(lambda: list(first()))
     assert 'the loss of epoch 1, batch 2 is nan' in said and status == 0
 
 class Odd(nn.Module):
@@ -285,7 +288,7 @@ def test_buffers_that_cannot_be_written_to(tmp_path, make):
     runs = []
     for cbs in ([BAD['nan input'][0](7), StopOnNonFinite()], [StopBefore(7)]):
         learn = make_odd(tmp_path, make)
-        with warnings.catch_warnings(record=True) as said: learn.fit(3, .02, cbs=cbs)
+        with warnings.catch_warnings(record=True): learn.fit(3, .02, cbs=cbs)
         runs.append((dense(learn.model.state_dict()), learn.opt.state_dict()))
     assert identical(*runs)
 

@@ -1,17 +1,32 @@
 """Text is read whole and in order, models see no future, and a run is a function of seed and epoch."""
-import hashlib, math, tarfile
+import hashlib
+import math
+import tarfile
 
-import numpy as np, pytest, torch, torch.nn.functional as F
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.torch_core import set_seed
 
+from helpers import Stop, equal_jobs
+from radam_fastai.experiments.language import (
+    SIZES,
+    Transformer,
+    awd_lstm_learner,
+    find_text,
+    get_vocab,
+    lm_dls,
+    markov_text,
+    sinusoids,
+    transformer_learner,
+)
 from radam_fastai.optimizer import RAdamFn
 from radam_fastai.recipes import data
 from radam_fastai.recipes.checkpoint import SeedEpochs, start_at
-from radam_fastai.recipes.jobs import Run, run_job
-from radam_fastai.experiments.language import SIZES, Transformer, awd_lstm_learner, find_text, get_vocab, lm_dls, markov_text, sinusoids, transformer_learner
 from radam_fastai.recipes.cli import OptionError
-from test_resume import Stop, equal_jobs
+from radam_fastai.recipes.jobs import Run, run_job
 
 nets = dict(language=dict(emb_sz=8, n_hid=12, n_layers=2, drop_mult=.5, alpha=2., beta=1.),
             **{'adam-2k': dict(d_model=8, n_heads=2, n_layers=2, dropout=.1, norm_first=False)})

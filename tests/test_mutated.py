@@ -1,37 +1,40 @@
 """Checkpoints with something wrong in them: each is refused by name, with nothing changed, or loaded and then what the file says. RADAM_FULL=1 tries ten times as many."""
-import copy, io, json, os, pickle, random, traceback
+import copy
+import io
+import json
+import pickle
+import random
 from functools import lru_cache, partial
 
-import fastai.optimizer as fo, pytest, torch
+import fastai.optimizer as fo
+import pytest
+import torch
 
-from attacks import FULL, tally
+from helpers import (
+    FULL,
+    authors_state,
+    averages,
+    build,
+    frozen,
+    get_learner,
+    identical,
+    is_torch,
+    numbers,
+    param_lists,
+    params_of,
+    plain_step,
+    result_of,
+    run,
+    tally,
+)
 from mutate import RunsCode, archive, damage, evil_pickles, forge, mutate
 from radam_fastai.all import load_strict
 from radam_fastai.optimizer import RAdam, Ranger, reference_settings
 from radam_fastai.recipes.checkpoint import RECORDED, load_checkpoint, restore_run, run_state, save_checkpoint
-from radam_fastai.recipes.jobs import Run, begin, finish, plan_run, sitting
 from radam_fastai.recipes.cli import RecipeError
+from radam_fastai.recipes.jobs import Run, begin, finish, plan_run, sitting
 from radam_fastai.recipes.records import RunRecorder
 from radam_fastai.torch_optim import RAdam as TorchRAdam, RAdamWrapper
-from reference import plain_step
-from test_checkpoint import authors_state, averages, build, flat, frozen, hypers_of, identical, is_torch, numbers, param_lists, params_of, run
-from test_learner import get_learner
-
-def in_child(f):
-    "What `f()` returns in a process of its own; a crash of that process fails the test"
-    r,w = os.pipe()
-    if not (pid := os.fork()):
-        try: res = f()
-        except BaseException: res = traceback.format_exc()
-        with os.fdopen(w, 'wb') as out: pickle.dump(res, out)
-        os._exit(0)
-    os.close(w)
-    with os.fdopen(r, 'rb') as back: data = back.read()
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    assert status == 0 and data, f'the process ended with {status}'
-    res = pickle.loads(data)
-    assert not isinstance(res, str), res
-    return res
 
 # ---- states
 
@@ -191,8 +194,8 @@ def held(learn): return copy.deepcopy((dict(learn.model.state_dict()), learn.opt
 
 def plainly(path):
     "What PyTorch reads from a file, without code from it"
-    from fastcore.foundation import L
     import numpy as np
+    from fastcore.foundation import L
     with torch.serialization.safe_globals([L, np._core.multiarray.scalar, np.dtype, np.dtypes.Float64DType]): return torch.load(path, weights_only=True)
 
 def assert_loaded(learn, sd):
@@ -248,7 +251,7 @@ def held_by(good):
 def test_files(name, spoil, tmp_path):
     "Cut, turned and shuffled bytes; the same inside an archive whose checksums are right; and other values in a sound file"
     def tries(): return [try_file(name, seed, tmp_path/'a.pth', spoil) for seed in range(100 if FULL else 10)]
-    for res in in_child(tries): tally[f'checkpoint files, {spoil.__name__}d', res] += 1
+    for res in result_of(tries): tally[f'checkpoint files, {spoil.__name__}d', res] += 1
 
 # ---- files that run code
 

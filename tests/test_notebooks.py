@@ -1,5 +1,11 @@
 """The notebooks are the source: the modules and README.md are exactly what they give."""
-import builtins, os, re, runpy, shutil, subprocess, sys
+import builtins
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
 from configparser import ConfigParser
 from pathlib import Path
 from unittest.mock import MagicMock

@@ -1,18 +1,18 @@
 """Where numbers end: inf, NaN, huge and denormal gradients, thousands of zeros, ten million steps, β2 next to 1. The result is the plain loop's, or a clear error."""
-import io, math
+import math
 from decimal import Decimal, localcontext
 from functools import partial
 
-import pytest, torch
+import pytest
+import torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
+from helpers import plain_adam, plain_sgd, plain_step
+from radam_fastai.baselines import SGD, Adam, Adam2kFn, AdamLinearFn
 from radam_fastai.optimizer import RAdam, Ranger
-from radam_fastai.torch_optim import RAdam as TorchRAdam, RAdamWrapper
-from radam_fastai.baselines import Adam, Adam2kFn, AdamExponentialFn, AdamLinearFn, SGD
 from radam_fastai.rectify import rectification, rho, rho_inf
-from reference import plain_step
-from test_warmup import plain_adam, plain_sgd
+from radam_fastai.torch_optim import RAdam as TorchRAdam, RAdamWrapper
 
 f64,f32,bf16 = torch.float64,torch.float32,torch.bfloat16
 inf,nan = math.inf,math.nan

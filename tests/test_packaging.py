@@ -1,5 +1,7 @@
 """The package's facts agree wherever they are written, and it builds and installs."""
-import subprocess, sys, zipfile
+import subprocess
+import sys
+import zipfile
 from configparser import ConfigParser
 from importlib import import_module
 from pathlib import Path
@@ -9,8 +11,7 @@ import pytest
 
 import radam_fastai
 
-if sys.version_info >= (3, 11): import tomllib
-else: import tomli as tomllib
+tomllib = import_module('tomllib' if sys.version_info >= (3, 11) else 'tomli')
 
 root = Path(__file__).resolve().parent.parent
 

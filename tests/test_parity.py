@@ -1,16 +1,17 @@
 """Hundreds of steps beside exact numbers, the paper's algorithm in float64, fastai, PyTorch and the other implementations."""
 import csv
-from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 
-import fastai.optimizer as fo, pytest, torch
+import fastai.optimizer as fo
+import pytest
+import torch
 from torch import nn
 
+from helpers import compare, drive, params, plain, plain_step
 from radam_fastai.functional import radam_step_
 from radam_fastai.optimizer import RAdam, Ranger, reference_settings
 from radam_fastai.torch_optim import RAdam as TorchRAdam
-from reference import plain_step, rel_err
 
 # ---- exact numbers
 
@@ -37,45 +38,6 @@ def test_reference_settings_are_the_oracles(name):
 
 # ---- trajectories
 
-shapes = [(5, 7), (7,), (4, 3, 3, 3), (), (0, 3), (64, 2)]
-
-@lru_cache(maxsize=None)
-def normals(seed, dtype):
-    g = torch.Generator().manual_seed(seed)
-    return [torch.randn(s, generator=g, dtype=torch.float64).to(dtype) for s in shapes]
-
-def tensors(dtype, seed=0): return [t.clone() for t in normals(seed, dtype)]
-
-def scheduled(t, n):
-    "Something like one-cycle: both lr and mom move"
-    return dict(lr=.01*(1-.9*t/n), mom=.95-.1*t/n)
-
-def has_grad(i, t):
-    "The last two parameters join after 40 steps, and one misses every seventh"
-    return (i < len(shapes)-2 or t > 40) and not (i == 1 and t%7 == 0)
-
-def drive(opt, ps, n=300, sched=True, gaps=True, set_hypers=None):
-    "Steps `opt` over seeded gradients, with moving hypers if `sched` and missing gradients if `gaps`"
-    for t in range(1, n+1):
-        if sched: (set_hypers or opt.set_hypers)(**scheduled(t, n))
-        for i,(p,g) in enumerate(zip(ps, tensors(ps[0].dtype, seed=t))):
-            p.grad = g if has_grad(i, t) or not gaps else None
-        opt.step()
-    return ps
-
-def plain(n=300, sched=True, dtype=torch.float64, **kw):
-    "What `drive` does, by the plain reading in float64 (of gradients rounded to `dtype`)"
-    ps,states = [p.double() for p in tensors(dtype)],[{} for _ in shapes]
-    for t in range(1, n+1):
-        hypers = {**kw, **(scheduled(t, n) if sched else {})}
-        for i,g in enumerate(tensors(dtype, seed=t)):
-            if has_grad(i, t): ps[i] = plain_step(ps[i], g.double(), states[i], **hypers)
-    return ps
-
-def params(dtype=torch.float32): return [nn.Parameter(p) for p in tensors(dtype)]
-def compare(xs, ys, tol):
-    for x,y in zip(xs, ys): assert rel_err(x, y) < tol
-
 base = dict(lr=.01, mom=.9, sqr_mom=.99, eps=1e-5, wd=.1)
 variants = [{}, dict(sqr_mom=.9), dict(sqr_mom=.999), dict(sqr_mom=.6), dict(decouple_wd=False), dict(maximize=True), dict(beta=2.), dict(eps_debiased=False),
             dict(threshold=4), dict(sgd_phase='skip'), dict(eps=0.), dict(mom=0.), dict(eps=1e-2, eps_debiased=False, decouple_wd=False)]
@@ -86,12 +48,12 @@ ids = lambda v: '-'.join(f'{k}={x}' for k,x in v.items()) or 'base'
 def test_algorithm_2(variant, dtype, tol):
     kw = {**base, **variant}
     sched = 'mom' not in variant
-    compare(drive(RAdam(ps := params(dtype), **kw), ps, sched=sched), plain(sched=sched, dtype=dtype, **kw), tol)
+    compare(drive(RAdam(ps := params(dtype), **kw), ps, sched=sched), plain(plain_step, sched=sched, dtype=dtype, **kw), tol)
 
 @pytest.mark.parametrize('dtype,tol', [(torch.bfloat16, .1), (torch.float16, 2e-2)])
 def test_algorithm_2_in_half_precision(dtype, tol):
     "No more than the parameters' own rounding, step after step"
-    compare(drive(RAdam(ps := params(dtype), **base), ps, n=60), plain(n=60, dtype=dtype, **base), tol)
+    compare(drive(RAdam(ps := params(dtype), **base), ps, n=60), plain(plain_step, n=60, dtype=dtype, **base), tol)
 
 @pytest.mark.parametrize('dtype,tol', [(torch.float64, 1e-12), (torch.float32, 1e-6)])
 @pytest.mark.parametrize('variant', [{}, dict(sqr_mom=.9), dict(sqr_mom=.999), dict(sqr_mom=.5), dict(decouple_wd=False), dict(beta=2.), dict(eps=0., wd=0.)], ids=ids)

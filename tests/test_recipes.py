@@ -1,20 +1,26 @@
 """The commands: what they leave behind, that options take effect, and that wrong ones are refused before anything is trained."""
-import json, os, random, subprocess, sys
+import json
+import os
+import random
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
-import pandas as pd, pytest, torch
+import pandas as pd
+import pytest
+import torch
 from fastai.layers import AvgPool
 from PIL import Image
 
-from radam_fastai import __version__
 from conftest import MODULES
+from radam_fastai import __version__
 from radam_fastai.experiments import main as experiment
 from radam_fastai.recipes import demo, imagenette, jobs, precision
-from radam_fastai.recipes.presets import COMMON, PRESETS, published, resolve
-from radam_fastai.recipes.report import report, terminal_table
 from radam_fastai.recipes.cli import OptionError, RecipeError
+from radam_fastai.recipes.presets import COMMON, PRESETS, published, resolve
 from radam_fastai.recipes.records import read_records
+from radam_fastai.recipes.report import report, terminal_table
 
 root = Path(__file__).resolve().parent.parent
 small = '--arch xresnet18 --size 32 --bs 16 --epochs 1 --workers 0'.split()

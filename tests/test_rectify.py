@@ -1,13 +1,24 @@
 """The rectifier against exact numbers, and where it must not break."""
-import csv, math
+import csv
+import math
 from decimal import Decimal, localcontext
 from pathlib import Path
 
-import numpy as np, pytest
+import numpy as np
+import pytest
 from hypothesis import given, strategies as st
 
-from radam_fastai.rectify import (adaptive_lr_variance, first_adaptive_step, implied_warmup, rectification, rho, rho_inf,
-                                  simulated_variance, untuned_exponential, untuned_linear)
+from radam_fastai.rectify import (
+    adaptive_lr_variance,
+    first_adaptive_step,
+    implied_warmup,
+    rectification,
+    rho,
+    rho_inf,
+    simulated_variance,
+    untuned_exponential,
+    untuned_linear,
+)
 
 rows = list(csv.DictReader((Path(__file__).parent/'oracle/rectifier.csv').open()))
 

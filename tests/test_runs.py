@@ -1,19 +1,26 @@
 """What recipes share: records that survive, files that are whole, numbers that are right, reports from records alone."""
-import errno, json, math, os, resource, signal
+import errno
+import json
+import math
+import os
+import resource
+import signal
 
-import numpy as np, pandas as pd, pytest
+import numpy as np
+import pandas as pd
+import pytest
 from fastai.callback.core import Callback, CancelStepException
 from fastai.callback.training import GradientAccumulation
 from PIL import Image
 
-from radam_fastai.recorder import RectifierRecorder
-from radam_fastai.recipes import demo
-from radam_fastai.recipes.jobs import Run, run_job
-from radam_fastai.recipes.report import compare, groups, mean_std, report, summary
-from radam_fastai.recipes.cli import RecipeError, check_ranges
 from radam_fastai.files import replacing
+from radam_fastai.recipes import demo
+from radam_fastai.recipes.cli import RecipeError, check_ranges
+from radam_fastai.recipes.jobs import Run, run_job
 from radam_fastai.recipes.optims import OPTIMS, SCHEDS, Optim, optims
 from radam_fastai.recipes.records import RunRecorder, append_record, read_records, read_runs, rectifier_summary, steps_frame
+from radam_fastai.recipes.report import compare, groups, mean_std, report, summary
+from radam_fastai.recorder import RectifierRecorder
 from radam_fastai.rectify import rectification
 
 # The file of records

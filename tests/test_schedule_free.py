@@ -10,10 +10,10 @@ from fastai.callback.all import GradientAccumulation, SaveModelCallback
 from fastai.learner import load_learner
 from torch import nn
 
+from helpers import At, assert_same, flat, get_dls, get_learner as learner_of, get_model, halves, mse
 from radam_fastai.guard import load_strict
 from radam_fastai.optimizer import RAdamFn
 from radam_fastai.schedule_free import RAdamScheduleFree, RAdamScheduleFreeFn, ScheduleFree
-from test_learner import At, assert_same, flat, get_dls, get_learner as learner_of, get_model, halves, mse
 
 schedulefree = pytest.importorskip('schedulefree')
 HYPERS = dict(mom=.9, sqr_mom=.9, eps=1e-8, wd=.1) # with β2 .9 the rectifier is on from the fifth of 5 batches an epoch
@@ -91,7 +91,7 @@ def test_a_scheduled_mom():
     torch.manual_seed(0)
     p = nn.Parameter(torch.randn(3, dtype=torch.float64))
     grads = torch.randn(12, 3, dtype=torch.float64)
-    x,z,v,opt = p.detach().clone(),p.detach().clone(),0,RAdamScheduleFree([p], lr=lr, sqr_mom=b2, silent_sgd_phase=False) # plain SGD: ρ stays below 4
+    x,z,opt = p.detach().clone(),p.detach().clone(),RAdamScheduleFree([p], lr=lr, sqr_mom=b2, silent_sgd_phase=False) # plain SGD: ρ stays below 4
     for t,(mom,g) in enumerate(zip(moms, grads), 1):
         opt.set_hyper('mom', mom)
         opt.train()
@@ -243,7 +243,7 @@ def test_export(tmp_path):
 def test_mixed_precision_skips():
     "A step that a gradient scaler skips is no step"
     def skip(l): raise CancelStepException
-    learn,loop = get_learner(cbs=[At('before_step', skip, {0, 6})]),Loop(.05)
+    learn = get_learner(cbs=[At('before_step', skip, {0, 6})])
     learn.fit(2, .05)
     assert learn.opt.opt.param_groups[0]['k'] == 8 and at_x(learn)
 

@@ -5,8 +5,8 @@ everything else, settings, seeds, versions, device, every epoch's values, stays 
 import sys
 from pathlib import Path
 
-from radam_fastai.recipes.report import find_records
 from radam_fastai.recipes.records import append_record
+from radam_fastai.recipes.report import find_records
 
 UPDATES = {'degenerate': ('loss','adaptive'), 'adam-2k': ('loss',)} # experiment: columns of its updates that its answer needs
 

@@ -1,40 +1,31 @@
 """The recorder's rows against the updates that the parameters really made, and against the formula on independent counts."""
-import copy, errno, json, math, pickle, re, subprocess, sys, types, warnings
+import errno
+import math
+import pickle
+import subprocess
+import sys
+import warnings
 from functools import partial
-from importlib.machinery import ModuleSpec
 from pathlib import Path
 
-import fastai.optimizer as fo, matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest, torch
-from fastai.basics import (Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException,
-                            DataLoaders, Learner, OptimWrapper, load_learner)
-from fastai.callback.all import CSVLogger, GradientAccumulation, ProgressCallback, ShortEpochCallback
+import fastai.optimizer as fo
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from fastai.basics import Callback, DataLoaders, OptimWrapper, load_learner
+from fastai.callback.all import CSVLogger, GradientAccumulation
 from torch import nn
 
-from radam_fastai import loggers, recorder
-from radam_fastai.loggers import FailSafe, LogRectifier
-from radam_fastai.recorder import RectifierRecorder, check_csv
+from helpers import Data, SkipAt, means, opts, plain_rect, recorded_learner, unchanged_by_a_failing_fit
+from radam_fastai import recorder
 from radam_fastai.finder import rectified_lr_find
-from radam_fastai.guard import load_strict
-from radam_fastai.optimizer import RAdam, Ranger, reference_settings
-from radam_fastai.introspect import param_counts, find_rectifier, step_counts, updates_made
+from radam_fastai.introspect import find_rectifier, param_counts, step_counts, updates_made
+from radam_fastai.optimizer import RAdam, reference_settings
+from radam_fastai.recorder import RectifierRecorder, check_csv
 from radam_fastai.torch_optim import RAdamWrapper
-from reference import plain_rect
 
-class Data(list):
-    def new_empty(self): return Data()
-
-def get_learner(opt_func, n=32, splitter=lambda m: [list(m[0].parameters()), list(m[1].parameters())], cbs=(), **kwargs):
-    torch.manual_seed(0)
-    ds = Data((torch.randn(4), torch.randn(2)) for _ in range(n))
-    dls = DataLoaders.from_dsets(ds, ds, bs=4, shuffle=False, num_workers=0, device='cpu')
-    learn = Learner(dls, nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), loss_func=nn.MSELoss(), opt_func=opt_func, splitter=splitter,
-                    cbs=[RectifierRecorder(), *cbs], train_bn=False, **kwargs)
-    learn.remove_cb(ProgressCallback)
-    learn.logger = lambda *_: None
-    return learn
-
-opts = {'RAdam': RAdam, 'Ranger': partial(Ranger, k=100), 'wrapper': partial(RAdamWrapper, betas=(.9, .99)), 'fastai': fo.RAdam, 'ranger': partial(fo.ranger, k=100),
-        'torch': partial(OptimWrapper, opt=torch.optim.RAdam, betas=(.9, .99))}
 
 class Updates(Callback):
     "What each step did to the first weight, and the count and averages behind it"
@@ -49,7 +40,7 @@ class Updates(Callback):
 @pytest.mark.parametrize('name', opts)
 def test_effective_lr_is_what_moved_the_weights(name):
     "r_t read from the update itself: Δp against lr·m̂/(sqrt(v̂)+eps), and against lr·m̂ in the momentum phase"
-    learn = get_learner(opts[name])
+    learn = recorded_learner(opts[name])
     learn.add_cb(up := Updates())
     learn.fit_one_cycle(3, .01, wd=0.)
     df = learn.rectifier.to_frame()
@@ -106,7 +97,7 @@ def resumed(learn):
 @pytest.mark.parametrize('name', ['RAdam', 'wrapper', 'fastai', 'torch'])
 @pytest.mark.parametrize('run', [skipped, accumulated, frozen, late, resumed])
 def test_effective_lr_is_what_moved_the_weights_whatever_happens(name, run, tmp_path):
-    learn = get_learner(opts[name], path=tmp_path, wd=0.)
+    learn = recorded_learner(opts[name], path=tmp_path, wd=0.)
     learn.add_cb(felt := Felt())
     run(learn)
     df = learn.rectifier.to_frame()
@@ -117,7 +108,7 @@ def test_effective_lr_is_what_moved_the_weights_whatever_happens(name, run, tmp_
 @pytest.mark.parametrize('name', ['torch', 'author', 'paper'])
 def test_settings_are_followed(name):
     kw = reference_settings[name]
-    learn = get_learner(partial(RAdam, **kw))
+    learn = recorded_learner(partial(RAdam, **kw))
     learn.fit(2, .01)
     df = learn.rectifier.to_frame().query('group == 0')
     expect = [plain_rect(t, kw['sqr_mom'], kw['threshold']) for t in range(1, 17)]
@@ -125,15 +116,10 @@ def test_settings_are_followed(name):
     idle = 0 if kw['sgd_phase'] == 'skip' else .01
     assert df.effective_lr.tolist() == pytest.approx([idle if r is None else .01*r for r in expect])
 
-class SkipAt(Callback):
-    def __init__(self, *at): self.at = at
-    def before_step(self):
-        if self.train_iter in self.at: raise CancelStepException()
-
 @pytest.mark.parametrize('name', ['RAdam', 'wrapper', 'fastai', 'torch'])
 def test_skipped_steps(name):
     "The first, fourth and fifth batch do not step"
-    learn = get_learner(opts[name])
+    learn = recorded_learner(opts[name])
     learn.add_cb(SkipAt(0, 3, 4))
     learn.fit(1, .01)
     df = learn.rectifier.to_frame().query('group == 1')
@@ -141,7 +127,7 @@ def test_skipped_steps(name):
     assert (df.effective_lr[df.event == 'skipped'] == 0).all() and (df.effective_lr[df.event == ''] > 0).all()
 
 def test_a_restart_is_marked_behind_a_skipped_step():
-    learn = get_learner(RAdam)
+    learn = recorded_learner(RAdam)
     learn.fit(1, .01)
     learn.add_cb(SkipAt(0))
     learn.fit(1, .01, reset_opt=True)
@@ -149,7 +135,7 @@ def test_a_restart_is_marked_behind_a_skipped_step():
     assert df.event[df.event != ''].tolist() == ['skipped', 'restart'] and df.step[df.event != ''].tolist() == [0, 1]
 
 def test_accumulated_batches_are_no_steps():
-    learn = get_learner(RAdam)
+    learn = recorded_learner(RAdam)
     learn.add_cb(GradientAccumulation(8))
     learn.fit(2, .01)
     df = learn.rectifier.to_frame().query('group == 0')
@@ -157,7 +143,7 @@ def test_accumulated_batches_are_no_steps():
 
 @pytest.mark.parametrize('name', ['RAdam', 'fastai'])
 def test_groups_part_when_frozen(name):
-    learn = get_learner(opts[name])
+    learn = recorded_learner(opts[name])
     learn.fit(1, .01)
     learn.opt.freeze()
     learn.opt.zero_grad()
@@ -170,7 +156,7 @@ def test_groups_part_when_frozen(name):
     assert not df.event.any()
 
 def test_counts_that_differ_within_a_group_have_rows_of_their_own():
-    learn = get_learner(RAdam, splitter=lambda m: [list(m.parameters())])
+    learn = recorded_learner(RAdam, splitter=lambda m: [list(m.parameters())])
     learn.model[0].requires_grad_(False)
     learn.fit(1, .01)
     learn.model[0].requires_grad_(True)
@@ -179,7 +165,7 @@ def test_counts_that_differ_within_a_group_have_rows_of_their_own():
     assert df.step[8:].tolist() == [n for t in range(1, 9) for n in (t, 8+t)]
 
 def test_restarts():
-    learn = get_learner(RAdam)
+    learn = recorded_learner(RAdam)
     learn.fit(1, .01)
     sd = learn.opt.state_dict()
     saved = {**sd, 'state': [{**s} for s in sd['state']]}
@@ -193,10 +179,10 @@ def test_restarts():
 
 @pytest.mark.parametrize('name', opts)
 def test_to_go_on_from_a_file_is_no_restart(name, tmp_path):
-    learn = get_learner(opts[name], path=tmp_path)
+    learn = recorded_learner(opts[name], path=tmp_path)
     learn.fit(2, .01)
     learn.save('a')
-    again = get_learner(opts[name], path=tmp_path)
+    again = recorded_learner(opts[name], path=tmp_path)
     again.create_opt()
     again.load('a')
     again.fit(1, .01)
@@ -221,13 +207,13 @@ def test_networks_that_are_trained_in_turn_do_not_restart(opt_func):
     assert set(counts) <= set(df.step) and (opt_func is fo.RAdam or counts == (21, 11)) # fastai's steps an idle network, too: it writes zeros
 
 def test_parameters_that_join_later_do_not_restart():
-    learn = get_learner(RAdam, splitter=lambda m: [list(m.parameters())])
+    learn = recorded_learner(RAdam, splitter=lambda m: [list(m.parameters())])
     late(learn)
     df = learn.rectifier.to_frame()
     assert not df.event.any() and len(df) == 8 + 2*16
 
 def test_leaves_no_rows_elsewhere():
-    learn = get_learner(RAdam)
+    learn = recorded_learner(RAdam)
     learn.fit(1, .01)
     rows = len(learn.rectifier.to_frame())
     learn.validate()
@@ -238,14 +224,14 @@ def test_leaves_no_rows_elsewhere():
     assert len(learn.rectifier.to_frame()) == rows+16
 
 def test_recording_changes_nothing():
-    a,b = get_learner(RAdam),get_learner(RAdam)
+    a,b = recorded_learner(RAdam),recorded_learner(RAdam)
     b.remove_cb(RectifierRecorder)
     for l in (a, b): l.fit_one_cycle(2, .01)
     assert all(torch.equal(p, q) for p,q in zip(a.model.parameters(), b.model.parameters()))
 
 def test_export_and_csv(tmp_path):
-    learn = get_learner(RAdam, path=tmp_path)
-    learn.logger,learn.splitter = print,first_and_rest # an exported Learner cannot hold a lambda
+    learn = recorded_learner(RAdam, path=tmp_path)
+    learn.logger = print # an exported Learner cannot hold a lambda
     learn.fit(1, .01)
     learn.rectifier.to_csv(tmp_path/'r.csv')
     saved,df = pd.read_csv(tmp_path/'r.csv'),learn.rectifier.to_frame()
@@ -255,17 +241,15 @@ def test_export_and_csv(tmp_path):
     again = load_learner(tmp_path/'l.pkl')
     pd.testing.assert_frame_equal(again.rectifier.to_frame(), learn.rectifier.to_frame())
 
-def first_and_rest(m): return [list(m[0].parameters()), list(m[1].parameters())]
-
 @pytest.mark.parametrize('opt', [fo.Adam, fo.SGD])
 def test_other_optimizers_are_told_what_is_recorded(opt):
-    learn = get_learner(opt)
+    learn = recorded_learner(opt)
     with pytest.warns(UserWarning, match='does not rectify.*lr, mom and sqr_mom are recorded'): learn.fit(1, .01)
     df = learn.rectifier.to_frame()
     assert len(df) == 16 and df.rect.isna().all() and (df.effective_lr == .01).all() and not df.event.any()
 
 def test_plot():
-    learn = get_learner(RAdam)
+    learn = recorded_learner(RAdam)
     learn.fit(1, .01)
     axs = learn.rectifier.plot()
     y = axs[0].lines[0].get_ydata()
@@ -295,7 +279,7 @@ others = { # opt_func, β2, the ρ it rectifies above, whether momentum moves th
 def test_other_radams_are_read(name):
     "Step count, r_t by the plain formula; and no update moves the weights where the recorder says that none does"
     opt_func,sqr_mom,threshold,moves = others[name]
-    learn = get_learner(opt_func, cbs=[moved := Moved()] + [Train()]*name.startswith('schedulefree'))
+    learn = recorded_learner(opt_func, cbs=[moved := Moved()] + [Train()]*name.startswith('schedulefree'))
     with warnings.catch_warnings():
         warnings.simplefilter('error', UserWarning)
         learn.fit(2, .01)
@@ -319,14 +303,14 @@ def test_schedulefree_says_the_same():
     class Taken(Callback):
         def __init__(self): self.lrs = []
         def after_step(self): self.lrs.append(self.opt.hypers[0]['scheduled_lr'])
-    learn = get_learner(others['schedulefree'][0], cbs=[taken := Taken(), Train()])
+    learn = recorded_learner(others['schedulefree'][0], cbs=[taken := Taken(), Train()])
     learn.fit(3, .01)
     assert learn.rectifier.to_frame().query('group == 0').effective_lr.tolist() == pytest.approx(taken.lrs)
 
 class HomeMadeRAdam(torch.optim.SGD): "One that nobody has heard of"
 
 def test_a_radam_that_is_not_known_is_called_that():
-    learn = get_learner(partial(OptimWrapper, opt=HomeMadeRAdam))
+    learn = recorded_learner(partial(OptimWrapper, opt=HomeMadeRAdam))
     with pytest.warns(UserWarning, match='how HomeMadeRAdam rectifies is not known here; its lr, mom and sqr_mom are recorded'): learn.fit(1, .01)
     df = learn.rectifier.to_frame()
     assert df.effective_lr.isna().all() and df.rect.isna().all() and (df.lr == .01).all()
@@ -356,15 +340,10 @@ def test_counts_of_a_group_are_fetched_at_once(monkeypatch):
 
 # --- the progress table
 
-def means(df, epoch):
-    "Over the adaptive updates"
-    df = df[(df.epoch == epoch) & (df.group == 1) & (df.event != 'skipped') & df.rect.notna()]
-    return [df.rect.mean(), df.effective_lr.mean()]
-
 @pytest.mark.parametrize('name', opts)
 def test_table_has_means_of_each_epoch(name):
     logged = []
-    learn = get_learner(opts[name], metrics=lambda x, y: (x-y).abs().mean())
+    learn = recorded_learner(opts[name], metrics=lambda x, y: (x-y).abs().mean())
     learn.logger = lambda row: logged.append(list(row))
     learn.add_cb(SkipAt(2))
     learn.fit_one_cycle(3, .01)
@@ -377,7 +356,7 @@ def test_table_has_means_of_each_epoch(name):
 def test_an_epoch_of_momentum_says_so(tmp_path):
     "In the table and its values; for loggers it is a NaN"
     logged = []
-    learn = get_learner(partial(RAdam, sqr_mom=.9), n=12, cbs=[CSVLogger()], path=tmp_path) # 3 updates an epoch
+    learn = recorded_learner(partial(RAdam, sqr_mom=.9), n=12, cbs=[CSVLogger()], path=tmp_path) # 3 updates an epoch
     learn.logger = lambda row: logged.append([f'{o:.6f}' if isinstance(o, float) else str(o) for o in row]) # as the progress bar writes it
     learn.fit(3, .01)
     assert [row[3:5] == ['momentum']*2 for row in logged] == [True, False, False]
@@ -386,20 +365,20 @@ def test_an_epoch_of_momentum_says_so(tmp_path):
     assert repr(pickle.loads(pickle.dumps(learn.recorder.values[0][-1]))) == 'momentum'
 
 def test_table_of_a_second_fit_is_its_own():
-    learn = get_learner(RAdam)
+    learn = recorded_learner(RAdam)
     learn.fit(1, .01)
     learn.fit(1, .02)
     df = learn.rectifier.to_frame()
     assert list(learn.recorder.values[-1][-2:]) == pytest.approx(means(df[16:], 0))
 
 def test_validation_alone_adds_nothing_to_its_values():
-    learn = get_learner(RAdam)
+    learn = recorded_learner(RAdam)
     learn.fit(1, .01)
     assert len(learn.validate()) == 1 and len(learn.get_preds()) == 2 and len(learn.validate()) == 1
 
 @pytest.mark.parametrize('opt_func, table', [(fo.Adam, True), (RAdam, False)])
 def test_no_columns(opt_func, table):
-    learn = get_learner(opt_func)
+    learn = recorded_learner(opt_func)
     learn.rectifier.table = table
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
@@ -407,251 +386,18 @@ def test_no_columns(opt_func, table):
     assert list(learn.recorder.metric_names) == ['epoch', 'train_loss', 'valid_loss', 'time'] and len(learn.recorder.values[0]) == 2
 
 def test_works_without_fastais_recorder():
-    learn = get_learner(RAdam)
+    learn = recorded_learner(RAdam)
     learn.remove_cb(learn.recorder)
     learn.fit(1, .01)
     assert len(learn.rectifier.to_frame()) == 16
 
 def test_csv_logger_has_the_columns(tmp_path):
-    learn = get_learner(RAdam, path=tmp_path)
+    learn = recorded_learner(RAdam, path=tmp_path)
     learn.add_cb(CSVLogger())
     learn.fit(2, .01)
     log = learn.csv_logger.read_log()
     df = learn.rectifier.to_frame()
     assert log[['rect', 'effective_lr']].to_numpy() == pytest.approx(np.array([means(df, e) for e in range(2)]))
-
-# --- loggers
-
-class SeeHypers(Callback):
-    order = 51
-    def __init__(self): self.seen,self.saved = [],[]
-    def after_batch(self):
-        if self.training: self.seen.append([dict(h) for h in self.opt.hypers])
-    def after_epoch(self): self.saved.append(self.opt.state_dict())
-
-@pytest.mark.parametrize('name', opts)
-def test_loggers_see_the_rectifier_in_the_hypers_and_nobody_else(name):
-    learn = get_learner(opts[name])
-    learn.add_cb(see := SeeHypers())
-    names = lambda: [set(h) for h in learn.opt.hypers]
-    learn.create_opt()
-    before = names()
-    learn.fit_one_cycle(2, .01)
-    for group in range(2):
-        df = learn.rectifier.to_frame().query(f'group == {group}')
-        assert [h[group]['effective_lr'] for h in see.seen] == df.effective_lr.tolist()
-        assert [h[group].get('rect', math.nan) for h in see.seen] == pytest.approx(df.rect.tolist(), nan_ok=True)
-    assert names() == before and not any('effective_lr' in repr(sd.get('hypers', sd.get('param_groups'))) for sd in see.saved)
-
-class Raise(Callback):
-    "Raise `error` in `event` of batch 11, which is adaptive"
-    def __init__(self, error, event, order=0): self.error,self.event,self.order = error,event,order
-    def __call__(self, event_name):
-        if event_name == self.event and self.training and self.train_iter == 11: raise self.error()
-
-class SaveEachBatch(Callback):
-    def after_batch(self): self.learn.save('within')
-
-ends = {'short epochs': lambda: ShortEpochCallback(pct=.5), **{f'{e.__name__} in {event}, order {order}': partial(Raise, e, event, order)
-        for e in (CancelBatchException, CancelTrainException, CancelEpochException, CancelFitException, KeyboardInterrupt, OSError)
-        for event,order in (('after_step', 0), ('after_batch', 0), ('after_batch', 99)) if (e, event) != (CancelBatchException, 'after_batch')}}
-
-def clean(learn): return not any({'rect', 'effective_lr'} & set(h) for h in learn.opt.hypers)
-
-@pytest.mark.parametrize('end, name', [(end, 'RAdam') for end in ends] + [('short epochs', name) for name in opts if name != 'RAdam'])
-def test_nothing_that_loggers_see_is_ever_saved(end, name, tmp_path):
-    "However a batch ends: `save`, `load`, `load_strict`, `lr_find` and `export` are as without a recorder"
-    learn = get_learner(opts[name], cbs=[ends[end](), SaveEachBatch(), SeeHypers()], path=tmp_path)
-    learn.logger,learn.splitter = print,first_and_rest
-    try: learn.fit(3, .01)
-    except (KeyboardInterrupt, OSError): pass
-    assert 'effective_lr' in learn.see_hypers.seen[-1][0] # a logger saw it
-    assert clean(learn) and type(learn.opt) is type(get_opt(name, learn))
-    for cb in (Raise, ShortEpochCallback, SaveEachBatch, SeeHypers): learn.remove_cb(cb)
-    learn.save('after')
-    for file in ('within', 'after'):
-        sd = torch.load(tmp_path/'models'/f'{file}.pth', weights_only=False)['opt']
-        assert not any({'rect', 'effective_lr'} & set(h) for h in sd.get('hypers', sd.get('param_groups')))
-        with warnings.catch_warnings():
-            warnings.filterwarnings('error', 'Could not load')
-            learn.load(file)
-            load_strict(learn, file)
-    before = copy.deepcopy(state_of(learn)[1])
-    learn.lr_find(show_plot=False, num_it=10)
-    for a,b in zip(before, state_of(learn)[1]): assert all(torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k])) for k in a)
-    learn.export('l.pkl')
-    load_learner(tmp_path/'l.pkl')
-    learn.fit(1, .01)
-    assert clean(learn)
-
-def get_opt(name, learn): return opts[name](learn.splitter(copy.deepcopy(learn.model)), lr=.1)
-
-@pytest.mark.parametrize('name', opts)
-def test_files_that_carry_the_numbers_are_read(name, tmp_path):
-    "As an earlier version left them behind a cancelled batch"
-    learn = get_learner(opts[name], path=tmp_path)
-    learn.fit(2, .01)
-    learn.save('good')
-    sd = torch.load(tmp_path/'models'/'good.pth', weights_only=False)
-    for h in sd['opt'].get('hypers', sd['opt'].get('param_groups')): h.update(rect=.3, effective_lr=.003)
-    torch.save(sd, tmp_path/'models'/'old.pth')
-    for load in (lambda learn: learn.load('old'), lambda learn: load_strict(learn, 'old')):
-        again,whole = (get_learner(opts[name], path=tmp_path) for _ in range(2))
-        for l in (again, whole): l.create_opt()
-        with warnings.catch_warnings():
-            warnings.filterwarnings('error', 'Could not load')
-            load(again)
-        whole.load('good')
-        for l in (again, whole): l.fit(1, .01)
-        assert clean(again) and updates_made(again.opt) == 24
-        assert all(map(torch.equal, again.model.parameters(), whole.model.parameters()))
-
-@pytest.mark.parametrize('name', ['RAdam', 'Ranger', 'wrapper', 'fastai', 'ranger'])
-def test_what_a_callback_sets_behind_a_batch_is_set(name):
-    class Halve(Callback):
-        def after_batch(self):
-            if not self.training or self.train_iter != 4: return
-            for h in self.opt.hypers: h['lr'] /= 2
-            self.opt.set_hyper('wd', .125)
-    learn = get_learner(opts[name], cbs=[Halve()])
-    learn.fit(1, .01)
-    assert [h['lr'] for h in learn.opt.hypers] == [.005]*2 and [h['wd'] for h in learn.opt.hypers] == [.125]*2
-    assert learn.rectifier.to_frame().query('group == 1').lr.tolist() == [.01]*4 + [.005]*4
-
-@pytest.mark.parametrize('error', [CancelBatchException, CancelTrainException, CancelEpochException, CancelFitException])
-def test_a_row_is_kept_though_another_callback_cancels_what_follows(error):
-    learn = get_learner(RAdam, cbs=[Raise(error, 'after_step')])
-    learn.fit(2, .01)
-    df = learn.rectifier.to_frame().query('group == 0')
-    n = 12 if error is CancelFitException else 16 if error is CancelBatchException else 12
-    assert df.step.tolist() == list(range(1, n+1)) and not df.event.any()
-
-def test_a_batch_that_is_cancelled_before_its_step_has_no_row():
-    learn = get_learner(RAdam, cbs=[Raise(CancelBatchException, 'before_step', 99)])
-    learn.fit(2, .01)
-    df = learn.rectifier.to_frame().query('group == 0')
-    assert df.step.tolist() == list(range(1, 16)) and not df.event.any()
-
-def test_an_interrupted_fit_leaves_the_hypers_clean_for_the_next():
-    class Stop(Callback):
-        def after_step(self): raise KeyboardInterrupt
-    learn = get_learner(RAdam)
-    with pytest.raises(KeyboardInterrupt): learn.fit(1, .01, cbs=(stop := Stop()))
-    assert not {'rect', 'effective_lr'} & set(learn.opt.state_dict()['hypers'][0])
-    learn.remove_cb(stop)
-    learn.fit(1, .01)
-    assert not {'rect', 'effective_lr'} & set(learn.opt.hypers[0])
-
-@pytest.mark.parametrize('name', ['RAdam', 'Ranger', 'wrapper', 'fastai', 'ranger'])
-def test_tensorboard(name, tmp_path):
-    pytest.importorskip('tensorboard')
-    from fastai.callback.tensorboard import TensorBoardCallback
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    learn = get_learner(opts[name])
-    learn.add_cb(TensorBoardCallback(tmp_path, trace_model=False, log_preds=False))
-    learn.fit(2, .01)
-    events = EventAccumulator(str(tmp_path)).Reload()
-    df = learn.rectifier.to_frame().query('group == 1')
-    logged = {tag: [(s.step, s.value) for s in events.Scalars(tag)] for tag in ('rect_1', 'effective_lr_1', 'rect', 'effective_lr')}
-    assert [s for s,_ in logged['rect_1']] == list(range(6, 17)) and [s for s,_ in logged['effective_lr_1']] == list(range(1, 17))
-    assert [v for _,v in logged['rect_1']] == pytest.approx(df.rect[5:].tolist() if df.index[0] == 0 else df.rect.dropna().tolist())
-    assert [v for _,v in logged['effective_lr_1']] == pytest.approx(df.effective_lr.tolist())
-    assert [v for _,v in logged['rect']] == pytest.approx([means(df, e)[0] for e in range(2)])
-    assert [v for _,v in logged['effective_lr']] == pytest.approx([means(df, e)[1] for e in range(2)])
-
-@pytest.fixture
-def wandb(monkeypatch):
-    "A stand-in that keeps what is logged"
-    fake = types.ModuleType('wandb')
-    fake.__spec__,fake.rows = ModuleSpec('wandb', None),[]
-    fake.run = types.SimpleNamespace(step=0, summary={})
-    fake.config = types.SimpleNamespace(update=lambda *args, **kwargs: None)
-    fake.log = lambda row, **kwargs: fake.rows.append(dict(row))
-    monkeypatch.setitem(sys.modules, 'wandb', fake)
-    yield fake
-    sys.modules.pop('fastai.callback.wandb', None)
-
-def wandb_callback(monkeypatch):
-    import fastai.callback.wandb as module
-    monkeypatch.setattr(module, '_format_config', lambda config: config) # which fails beside fastcore 2.2
-    return module.WandbCallback(log=None, log_preds=False, log_model=False)
-
-@pytest.mark.parametrize('name', ['RAdam', 'wrapper', 'torch'])
-@pytest.mark.parametrize('bridge', ['WandbCallback', 'LogRectifier', 'FailSafe'])
-def test_wandb(wandb, monkeypatch, bridge, name):
-    learn = get_learner(opts[name])
-    learn.add_cb(wandb_callback(monkeypatch) if bridge == 'WandbCallback' else LogRectifier('wandb') if bridge == 'LogRectifier' else FailSafe(LogRectifier('wandb')))
-    learn.fit(2, .01)
-    learn.validate()
-    learn.lr_find(show_plot=False)
-    for group in range(2):
-        df = learn.rectifier.to_frame().query(f'group == {group}')
-        steps = [r for r in wandb.rows if f'effective_lr_{group}' in r]
-        assert [r[f'effective_lr_{group}'] for r in steps] == df.effective_lr.tolist()
-        assert [r.get(f'rect_{group}', math.nan) for r in steps] == pytest.approx(df.rect.tolist(), nan_ok=True)
-        assert [r['epoch'] for r in steps] == pytest.approx([i/8 for i in range(1, 17)])
-    if bridge == 'WandbCallback': assert [r['rect'] for r in wandb.rows if 'rect' in r] == pytest.approx([means(df, e)[0] for e in range(2)])
-
-def without_wandb(monkeypatch): monkeypatch.setattr(loggers, 'find_spec', lambda name: None)
-def without_run(monkeypatch): sys.modules['wandb'].run = None
-
-@pytest.mark.parametrize('spoil, error, match', [(without_wandb, ImportError, r"pip install 'radam_fastai\[loggers\]'"), (without_run, ValueError, 'call wandb.init'),])
-def test_a_logger_that_cannot_log_is_an_error_before_the_first_batch(wandb, monkeypatch, spoil, error, match):
-    spoil(monkeypatch)
-    for cb in (LogRectifier('wandb'), FailSafe(LogRectifier('wandb'))):
-        learn = get_learner(RAdam)
-        learn.add_cb(cb)
-        unchanged_by_a_failing_fit(learn, error, match)
-
-def test_log_to_refuses_what_is_no_logger():
-    with pytest.raises(ValueError, match="'tensorbord'"): LogRectifier('tensorbord')
-    learn = get_learner(RAdam, cbs=[LogRectifier(print)])
-    learn.remove_cb(learn.rectifier)
-    with pytest.raises(ValueError, match='add one to the Learner'): learn.fit(1)
-
-def lines_for_trackers():
-    "The lines that the notebook shows, by tracker"
-    cells = json.loads((Path(__file__).parents[1]/'nbs'/'11_loggers.ipynb').read_text())['cells']
-    text = next(t for t in (''.join(c['source']) for c in cells) if t.startswith('```python\nLogRectifier('))
-    return {name: code for code,name in re.findall(r'^(LogRectifier.*?)  +# (.*)$', text, re.M)}
-
-def stand_ins(learn):
-    "Modules and objects with the signatures of packages that are not installed: what each was sent"
-    sent = {k: [] for k in ('MLflow', 'Trackio', 'Comet')}
-    class Mlflow:
-        def log_metrics(self, metrics, step=None, synchronous=None, run_id=None, timestamp=None): sent['MLflow'].append(metrics)
-    class Trackio:
-        def log(self, metrics, step=None): sent['Trackio'].append(metrics)
-    class Experiment:
-        def log_metrics(self, dic, prefix=None, step=None, epoch=None): sent['Comet'].append(dic)
-    return sent,dict(mlflow=Mlflow(), trackio=Trackio(), experiment=Experiment(), learn=learn, LogRectifier=LogRectifier)
-
-@pytest.mark.parametrize('tracker', ['Weights & Biases', 'MLflow', 'Trackio', 'Comet', 'TensorBoard'])
-def test_the_line_for_each_tracker(tracker, wandb, tmp_path):
-    from torch.utils.tensorboard import SummaryWriter # TensorBoard is there; the others are stand-ins
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    learn = get_learner(RAdam)
-    sent,names = stand_ins(learn)
-    learn.add_cb(eval(lines_for_trackers()[tracker], names | dict(writer=(writer := SummaryWriter(tmp_path)))))
-    learn.fit(2, .01)
-    writer.close()
-    df = learn.rectifier.to_frame().query('group == 1')
-    if tracker == 'TensorBoard': got = [(e.step, e.value) for e in EventAccumulator(str(tmp_path)).Reload().Scalars('effective_lr_1')]
-    else: got = list(enumerate((r['effective_lr_1'] for r in (wandb.rows if tracker == 'Weights & Biases' else sent[tracker])), 1))
-    assert [i for i,_ in got] == list(range(1, 17)) and [v for _,v in got] == pytest.approx(df.effective_lr.tolist())
-
-def test_there_is_a_line_for_each_tracker(): assert list(lines_for_trackers()) == ['Weights & Biases', 'MLflow', 'Trackio', 'Comet', 'TensorBoard']
-
-def test_a_tracker_that_fails_does_not_end_the_fit():
-    sent = []
-    def fail(row):
-        sent.append(row)
-        if len(sent) == 3: raise ConnectionError('gone away')
-    learn = get_learner(RAdam, cbs=[LogRectifier(fail)])
-    with pytest.warns(UserWarning, match='LogRectifier failed in after_batch and takes no further part in this fit: gone away'): learn.fit(2, .01)
-    assert len(sent) == 3 and len(learn.rectifier.to_frame()) == 32
-    learn.fit(1, .01)
-    assert len(sent) == 3+8
 
 # --- the file
 
@@ -663,7 +409,7 @@ def test_file_has_every_row_at_once(tmp_path):
     class Look(Callback):
         order = 60
         def after_step(self): same_rows(tmp_path/'r.csv', self.learn)
-    learn = get_learner(RAdam, path=tmp_path)
+    learn = recorded_learner(RAdam, path=tmp_path)
     learn.rectifier.csv = 'r.csv'
     learn.add_cbs([SkipAt(0, 3), Look()])
     learn.fit_one_cycle(2, .01)
@@ -673,12 +419,14 @@ def test_file_has_every_row_at_once(tmp_path):
 KILLED = '''
 import os, sys
 sys.path.insert(0, {tests!r})
-from test_callback import Callback, RAdam, get_learner
+from fastai.basics import Callback
+from helpers import recorded_learner
+from radam_fastai.optimizer import RAdam
 class Kill(Callback):
     order = 60
     def after_step(self):
         if self.train_iter == 10: os.kill(os.getpid(), 9)
-learn = get_learner(RAdam, path={path!r})
+learn = recorded_learner(RAdam, path={path!r})
 learn.rectifier.csv = 'r.csv'
 learn.fit(2, .01, cbs=Kill())
 '''
@@ -686,13 +434,13 @@ learn.fit(2, .01, cbs=Kill())
 def test_a_killed_run_leaves_its_rows(tmp_path):
     done = subprocess.run([sys.executable, '-c', KILLED.format(tests=str(Path(__file__).parent), path=str(tmp_path))], capture_output=True)
     assert done.returncode == -9
-    learn = get_learner(RAdam, path=tmp_path)
+    learn = recorded_learner(RAdam, path=tmp_path)
     learn.fit(2, .01)
     pd.testing.assert_frame_equal(read_rows(tmp_path/'r.csv'), learn.rectifier.to_frame()[:22], check_dtype=False)
 
 def test_a_file_that_is_there_is_gone_on_with(tmp_path):
     for _ in range(2):
-        learn = get_learner(RAdam, path=tmp_path)
+        learn = recorded_learner(RAdam, path=tmp_path)
         learn.rectifier.csv = 'r.csv'
         learn.fit(1, .01)
         with open(tmp_path/'r.csv', 'a') as f: f.write('0,5,1') # cut short by a crash
@@ -712,11 +460,6 @@ def test_a_last_row_of_any_bytes_is_taken_out(tmp_path):
         check_csv(path, RectifierRecorder.columns)
         assert path.read_bytes() == whole
 
-def unchanged_by_a_failing_fit(learn, error, match):
-    before = [p.detach().clone() for p in learn.model.parameters()]
-    with pytest.raises(error, match=match): learn.fit(1, .01)
-    assert all(map(torch.equal, before, learn.model.parameters())) and not len(learn.rectifier.to_frame())
-
 @pytest.mark.parametrize('make, error, match', [
     (lambda p: p.mkdir(), IsADirectoryError, 'cannot write the rectifier.*r.csv: Is a directory'),
     (lambda p: p.parent.joinpath('sub').write_text(''), OSError, 'cannot write the rectifier'),
@@ -724,7 +467,7 @@ def unchanged_by_a_failing_fit(learn, error, match):
 def test_a_file_that_cannot_be_used_is_an_error_before_the_first_batch(tmp_path, make, error, match):
     make(tmp_path/'r.csv')
     was = (tmp_path/'r.csv').read_text() if (tmp_path/'r.csv').is_file() else None
-    learn = get_learner(RAdam, path=tmp_path)
+    learn = recorded_learner(RAdam, path=tmp_path)
     learn.rectifier.csv = 'sub/r.csv' if (tmp_path/'sub').exists() else 'r.csv'
     unchanged_by_a_failing_fit(learn, error, match)
     assert was is None or (tmp_path/'r.csv').read_text() == was
@@ -737,7 +480,7 @@ def test_a_full_disk_costs_no_rows(tmp_path, monkeypatch):
         if 3 < len(calls) < 9: raise OSError(errno.ENOSPC, 'No space left on device')
         whole(path, data)
     monkeypatch.setattr(recorder, 'append_whole', full)
-    learn = get_learner(RAdam, path=tmp_path)
+    learn = recorded_learner(RAdam, path=tmp_path)
     learn.rectifier.csv = 'r.csv'
     with pytest.warns(UserWarning, match='r.csv cannot be written .No space left on device') as said: learn.fit(2, .01)
     assert sum('cannot be written' in str(w.message) for w in said) == 1
@@ -760,89 +503,10 @@ def test_what_does_not_fit_is_not_written_at_all(tmp_path):
     assert done.stdout == 'True\n', done.stderr
     assert (tmp_path/'f').read_bytes() == b'first\n'
 
-# --- other callbacks that fail
-
-class Fragile(Callback):
-    order = 52
-    def __init__(self, event, at): self.event,self.at,self.n = event,at,0
-    def __call__(self, event_name):
-        if self.run and event_name == self.event:
-            self.n += 1
-            if self.n == self.at: raise ConnectionError('the server has gone away')
-        return super().__call__(event_name)
-
-def test_keep_going():
-    learn = get_learner(RAdam)
-    learn.add_cb(FailSafe(cb := Fragile('after_batch', 5)))
-    with pytest.warns(UserWarning, match='Fragile failed in after_batch and takes no further part in this fit: the server has gone away'): learn.fit(2, .01)
-    assert len(learn.rectifier.to_frame()) == 32 and cb.n == 5
-    learn.fit(1, .01)
-    assert cb.n == 5+16 # training and validation batches of the next fit
-
-def test_keep_going_does_not_hide_errors_before_the_first_batch_nor_fastais_signals():
-    learn = get_learner(RAdam)
-    learn.add_cb(FailSafe(Fragile('before_fit', 1)))
-    unchanged_by_a_failing_fit(learn, ConnectionError, 'gone away')
-    learn = get_learner(RAdam)
-    learn.add_cb(FailSafe(SkipAt(1)))
-    learn.fit(1, .01)
-    assert learn.rectifier.to_frame().event.tolist()[2:4] == ['skipped']*2
-
-# --- the learning rate finder
-
-def state_of(learn):
-    sd = learn.opt.state_dict()
-    return [p.detach().clone() for p in learn.model.parameters()], [{k: v.clone() if torch.is_tensor(v) else v for k,v in s.items()} for s in (sd['state'].values() if isinstance(sd['state'], dict) else sd['state'])], [dict(h) for h in learn.opt.hypers]
-
-@pytest.mark.parametrize('name', opts)
-def test_finder_has_the_taken_rate_on_its_axis(name, monkeypatch):
-    seen = {}
-    def suggest(lrs, losses, num_it):
-        seen['lrs'] = lrs
-        return float(lrs[3]),(float(lrs[3]), float(losses[3]))
-    learn = get_learner(opts[name])
-    res = rectified_lr_find(learn, num_it=80, start_lr=1e-5, end_lr=.1, stop_div=False, suggest_funcs=suggest)
-    set_to = [1e-5*1e4**(i/80) for i in range(80)]
-    expect = [lr*plain_rect(t, .99, 5) for t,lr in enumerate(set_to, 1) if t > 8][:-5]
-    assert seen['lrs'].tolist() == pytest.approx(expect, rel=1e-5) and res.suggest == pytest.approx(expect[3])
-    ax = plt.gca()
-    assert 'lr·$r_t$' in ax.get_xlabel()
-    x = ax.lines[0].get_xdata()
-    assert np.isnan(x[:5]).all() and x[5:] == pytest.approx([lr*plain_rect(t, .99, 5) for t,lr in enumerate(set_to, 1) if t > 5][:-5], rel=1e-5)
-    plt.close('all')
-
-@pytest.mark.parametrize('name', opts)
-def test_finder_leaves_everything_as_found(name):
-    learn = get_learner(opts[name])
-    learn.fit_one_cycle(2, .01)
-    model,state,hypers = state_of(learn)
-    rows,recorded = learn.rectifier.to_frame(),{k: list(getattr(learn.recorder, k)) for k in ('lrs', 'losses', 'iters', 'values', 'metric_names')}
-    rectified_lr_find(learn, show_plot=False)
-    model2,state2,hypers2 = state_of(learn)
-    assert all(map(torch.equal, model, model2)) and hypers == hypers2 and len(state) == len(state2)
-    for a,b in zip(state, state2): assert a.keys() == b.keys() and all(torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k])) for k in a)
-    pd.testing.assert_frame_equal(rows, learn.rectifier.to_frame())
-    assert recorded == {k: list(getattr(learn.recorder, k)) for k in recorded}
-    assert not [cb for cb in learn.cbs if type(cb).__name__ == '_TakenLR']
-
-def test_finder_on_a_fresh_learner_leaves_no_optimizer():
-    learn,again = get_learner(RAdam),get_learner(RAdam)
-    assert rectified_lr_find(learn, show_plot=False) == again.rectified_lr_find(show_plot=False) # a method, as `lr_find` is
-    assert learn.opt is None and not hasattr(learn.recorder, 'lrs')
-
-@pytest.mark.parametrize('opt_func, num_it, match', [
-    (fo.Adam, 100, 'has no rectifier: use learn.lr_find'),
-    (RAdam, 40, 'num_it=40 with sqr_mom=0.99.*use a larger num_it'),
-    (partial(RAdam, sqr_mom=.5), 100, 'learn.lr_find, if sqr_mom is too small to rectify')])
-def test_finder_refuses(opt_func, num_it, match):
-    learn = get_learner(opt_func)
-    with pytest.raises(ValueError, match=match): rectified_lr_find(learn, num_it=num_it)
-    assert learn.opt is None and not len(learn.rectifier.to_frame())
-
 # --- figures
 
 def test_plot_tells_late_parameters_restarts_and_skips_apart():
-    learn = get_learner(RAdam, splitter=lambda m: [list(m.parameters())])
+    learn = recorded_learner(RAdam, splitter=lambda m: [list(m.parameters())])
     learn.model[0].requires_grad_(False)
     learn.fit(1, .01)
     learn.model[0].requires_grad_(True)
@@ -860,18 +524,18 @@ def test_plot_tells_late_parameters_restarts_and_skips_apart():
     plt.close('all')
 
 def test_plots_draw_into_the_axes_they_are_given():
-    learn = get_learner(RAdam)
+    learn = recorded_learner(RAdam)
     learn.fit(1, .01)
     _,axs = plt.subplots(1, 2)
     assert learn.rectifier.plot(axs) is axs and axs[1].lines and axs[1].get_ylabel()
     plt.close('all')
 
 def test_a_plot_before_a_fit_is_an_error():
-    with pytest.raises(ValueError, match='nothing is recorded yet: fit first'): get_learner(RAdam).rectifier.plot()
+    with pytest.raises(ValueError, match='nothing is recorded yet: fit first'): recorded_learner(RAdam).rectifier.plot()
     assert not plt.get_fignums()
 
 def test_the_figure_explains_itself():
-    learn = get_learner(RAdam)
+    learn = recorded_learner(RAdam)
     learn.fit(2, slice(.001, .01))
     a,b = learn.rectifier.plot()
     labels = lambda ax: [t.get_text() for t in ax.get_legend().get_texts()]
