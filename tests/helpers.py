@@ -161,7 +161,8 @@ def identical(a, b):
 def close(a, b, tol=1e-12):
     "Two optimizers hold the same parameters, or two lists the same tensors"
     xs,ys = (params_of(o) if hasattr(o, 'param_groups') else o for o in (a, b))
-    for i,(x,y) in enumerate(zip(xs, ys, strict=True)): torch.testing.assert_close(x, y, rtol=tol, atol=tol, msg=lambda m: f'parameter {i}: {m}')
+    for i,(x,y) in enumerate(zip(xs, ys, strict=True)):
+        torch.testing.assert_close(x, y, rtol=tol, atol=tol, msg=lambda m: f'parameter {i}: {m}')
 
 def frozen(opt):
     "A copy of all that a step or a load may change: values, averages, step counts, hyper-parameters"
@@ -363,8 +364,11 @@ class Raise(Callback):
         if event_name == self.event and self.training and self.train_iter == 11: raise self.error()
 
 def state_of(learn):
-    sd = learn.opt.state_dict()
-    return [p.detach().clone() for p in learn.model.parameters()], [{k: v.clone() if torch.is_tensor(v) else v for k,v in s.items()} for s in (sd['state'].values() if isinstance(sd['state'], dict) else sd['state'])], [dict(h) for h in learn.opt.hypers]
+    "Copies of the weights, the optimizer's state and the hyper-parameters"
+    states = learn.opt.state_dict()['state']
+    copies = [{k: v.clone() if torch.is_tensor(v) else v for k,v in s.items()}
+              for s in (states.values() if isinstance(states, dict) else states)]
+    return weights(learn),copies,[dict(h) for h in learn.opt.hypers]
 
 def means(df, epoch):
     "Of r_t and the effective learning rate, over the adaptive updates of an epoch"
@@ -416,12 +420,14 @@ class Stop(Callback):
 def one(out, lr=.01, name='radam-0', seed=0, epochs=2, resume=False, data=dict(name='digits'), cbs=None, opt='radam', **kw):
     "One run of the demo's network, by `run_job`"
     def make(): return demo.get_learner(opt, 256).add_cbs(cbs)
-    return run_job([Run(name, seed, dict(opt=opt, lr=lr, epochs=epochs), make, lambda l: l.fit_flat_cos(epochs, lr), data)], out, 'demo', resume, **kw)
+    run = Run(name, seed, dict(opt=opt, lr=lr, epochs=epochs), make, lambda l: l.fit_flat_cos(epochs, lr), data)
+    return run_job([run], out, 'demo', resume, **kw)
 
 def small_job(out, resume=False):
     "Two runs of the demo's network with a few batches an epoch"
     def make(opt): return demo.get_learner(opt, 256)
-    runs = [Run(f'{opt}-1', 1, dict(opt=opt), partial(make, opt), lambda l: l.fit_one_cycle(4, 1e-2), dict(name='digits')) for opt in ('ranger','adam')]
+    runs = [Run(f'{opt}-1', 1, dict(opt=opt), partial(make, opt), lambda l: l.fit_one_cycle(4, 1e-2), dict(name='digits'))
+            for opt in ('ranger','adam')]
     run_job(runs, out, 'demo', resume, keep=True)
 
 def forked(f):

@@ -1,4 +1,4 @@
-"""The baselines: each beside a plain loop written from its definition, fastai, PyTorch and schedules set by hand; then its state, its errors, and in a Learner."""
+"""The baselines: each beside a plain loop written from its definition, fastai, PyTorch and schedules set by hand; its state, its errors."""
 import copy
 import inspect
 import io
@@ -103,7 +103,8 @@ def test_momentum_until_then(rule, dtype, tol):
 # ---- fastai, PyTorch, and schedules by hand
 
 @pytest.mark.parametrize('dtype,tol', [(torch.float64, 1e-12), (torch.float32, 1e-6)])
-@pytest.mark.parametrize('variant', [{}, dict(sqr_mom=.9), dict(sqr_mom=.999, wd=.3), dict(decouple_wd=False), dict(eps=1e-2), dict(mom=.5)], ids=str)
+@pytest.mark.parametrize('variant', [{}, dict(sqr_mom=.9), dict(sqr_mom=.999, wd=.3), dict(decouple_wd=False), dict(eps=1e-2),
+                                     dict(mom=.5)], ids=str)
 def test_fastai_adam(variant, dtype, tol):
     "fastai's defaults, too"
     compare(drive(Adam(a := params(dtype), lr=.01, **variant), a), drive(fo.Adam(b := params(dtype), lr=.01, **variant), b), tol)
@@ -119,7 +120,8 @@ def torch_run(cls, factor, dtype, **kw):
     return ps
 
 @pytest.mark.parametrize('dtype,tol', [(torch.float64, 1e-12), (torch.float32, 2e-5)])
-@pytest.mark.parametrize('name,factor', [('adam', lambda t: 1.), ('warmup', linear(50)), ('linear', untuned_linear), ('exponential', untuned_exponential)])
+@pytest.mark.parametrize('name,factor', [('adam', lambda t: 1.), ('warmup', linear(50)), ('linear', untuned_linear),
+                                         ('exponential', untuned_exponential)])
 @pytest.mark.parametrize('wd', [0., .5])
 def test_a_warmup_is_a_schedule_of_torchs(name, factor, wd, dtype, tol):
     "The decay follows the warm-up; with L2 it never did anything else"
@@ -159,7 +161,8 @@ def test_sgd_is_radam_that_never_rectifies(kw):
 
 def test_sgd_and_fastais():
     "fastai's, with the learning rate that turns its sum of gradients into a debiased mean"
-    a,b = SGD(ps := params(torch.float64), lr=1., wd=.1, decouple_wd=False),fo.SGD(qs := params(torch.float64), lr=1., mom=.9, wd=.1, decouple_wd=False)
+    a,b = SGD(ps := params(torch.float64), lr=1., wd=.1, decouple_wd=False),fo.SGD(qs := params(torch.float64), lr=1., mom=.9, wd=.1,
+                                                                                   decouple_wd=False)
     for t in range(1, 101):
         b.set_hyper('lr', (1-.9)/(1-.9**t))
         for p,q,g in zip(ps, qs, tensors(torch.float64, seed=t)): p.grad,q.grad = g,g.clone()
@@ -168,7 +171,8 @@ def test_sgd_and_fastais():
 
 # ---- three paths, one rule
 
-@pytest.mark.parametrize('rule,kw', [(no_warmup, {}), (partial(linear_warmup, n_steps=9), dict(scale_wd=True)), (partial(linear_warmup, n_steps=9), {}),
+@pytest.mark.parametrize('rule,kw', [(no_warmup, {}), (partial(linear_warmup, n_steps=9), dict(scale_wd=True)),
+                                     (partial(linear_warmup, n_steps=9), {}),
                                      (partial(after, n_steps=4), dict(sgd_phase='skip')), (never, dict(maximize=True))], ids=str)
 def test_fused_foreach_and_loop_agree(rule, kw):
     def path(fused, loop):
@@ -235,7 +239,9 @@ def go_on(ps, grads, step, states, **kw):
     for g in grads: ps = [step(p, o, s, **kw) for p,o,s in zip(ps, g, states)]
     return ps
 
-def plain_state(opt): return [dict(m=s['grad_avg'], v=s['sqr_avg'], t=s['step'], k=s['step']-s.get('waited', 0)) for s in copy.deepcopy(opt.state_dict()['state'])]
+def plain_state(opt):
+    return [dict(m=s['grad_avg'], v=s['sqr_avg'], t=s['step'], k=s['step']-s.get('waited', 0))
+            for s in copy.deepcopy(opt.state_dict()['state'])]
 def grads_of(start, n):
     "What `run` steps over"
     res,ps = [],some()
@@ -246,7 +252,8 @@ def grads_of(start, n):
 
 anothers = fo.Adam, fo.RAdam, partial(torch.optim.AdamW, betas=(.9, .99)), RAdam, SGD, AdamLinearFn
 
-@pytest.mark.parametrize('name,theirs', [(k, o) for k in short for o in anothers] + [(k, partial(Adam2kFn, n_steps=4)) for k in ('2k', '2k-freeze')], ids=str)
+@pytest.mark.parametrize('name,theirs', [(k, o) for k in short for o in anothers] + [(k, partial(Adam2kFn, n_steps=4))
+                                                                                     for k in ('2k', '2k-freeze')], ids=str)
 def test_goes_on_from_another(name, theirs):
     "With the state, and the hyper-parameters, of another: each moment has the count that it had there"
     ps = some()
@@ -289,7 +296,9 @@ def test_stock_fastai_goes_on(name):
     run(b, 10, start=13)
     if name == 'adam': compare(run(a, 10, start=13).param_lists[0], qs, 1e-12)
 
-@pytest.mark.parametrize('waited,says', [(13, r'waited must be at most step \(12\), got 13'), (-1, 'waited must be a whole number of at least 0, got -1'), (.5, 'waited .* got 0.5'), ('x', 'waited .* got x')])
+@pytest.mark.parametrize('waited,says', [(13, r'waited must be at most step \(12\), got 13'),
+                                         (-1, 'waited must be a whole number of at least 0, got -1'), (.5, 'waited .* got 0.5'),
+                                         ('x', 'waited .* got x')])
 def test_waited_that_cannot_be(waited, says):
     a = run(Adam2kFn(some(), lr=.02, n_steps=10), 12)
     sd,before = copy.deepcopy(a.state_dict()),frozen(a)
@@ -366,7 +375,8 @@ def test_factors_can_be_asked_for():
 def test_hypers_are_those_of_radam():
     "So that a comparison differs in the rule alone"
     radam = dict(RAdamFn(some(), lr=.1).hypers[0])
-    for name in ('adam', 'warmup', 'linear', 'exponential', '2k', '2k-freeze'): assert dict(opt_funcs[name](some(), lr=.1).hypers[0]) == radam
+    for name in ('adam', 'warmup', 'linear', 'exponential', '2k', '2k-freeze'):
+        assert dict(opt_funcs[name](some(), lr=.1).hypers[0]) == radam
     assert dict(AdamEpsFn(some(), lr=.1).hypers[0]) == {**radam, 'eps': 1e-4}
     sgd = dict(SGDFn(some(), lr=.1).hypers[0])
     assert sgd.keys() == radam.keys() and all(sgd[k] == radam[k] for k in ('lr', 'mom', 'wd'))
@@ -374,14 +384,16 @@ def test_hypers_are_those_of_radam():
 def test_signature_of_adam():
     "Every argument of fastai's, in its place, with its default"
     a,b = (list(inspect.signature(f).parameters.values()) for f in (Adam, fo.Adam))
-    assert [(p.name, p.default) for p in a[:len(b)]] == [(p.name, p.default) for p in b] and all(p.kind is p.KEYWORD_ONLY for p in a[len(b):])
+    assert [(p.name, p.default) for p in a[:len(b)]] == [(p.name, p.default) for p in b]
+    assert all(p.kind is p.KEYWORD_ONLY for p in a[len(b):])
 
 # ---- refusals
 
 @pytest.mark.parametrize('n_steps', [0, -1, 1.5, math.nan, math.inf, '5', None])
 @pytest.mark.parametrize('opt_func', [AdamWarmupFn, Adam2kFn])
 def test_n_steps_that_cannot_be(opt_func, n_steps):
-    with pytest.raises(ValueError, match=f'n_steps must be a whole number of at least 1, got {n_steps}'): opt_func(some(), lr=.1, n_steps=n_steps)
+    with pytest.raises(ValueError, match=f'n_steps must be a whole number of at least 1, got {n_steps}'):
+        opt_func(some(), lr=.1, n_steps=n_steps)
 
 @pytest.mark.parametrize('factor', [0., -1., math.nan, math.inf])
 def test_a_rule_that_gives_nonsense(factor):
@@ -391,7 +403,9 @@ def test_a_rule_that_gives_nonsense(factor):
     with pytest.raises(ValueError, match=f'the rule must give a positive number or None, got {factor} at step 4'): opt.step()
     assert identical(frozen(opt), before)
 
-@pytest.mark.parametrize('kw,error,says', [(dict(rule=1.), TypeError, 'rule must be a function of step and sqr_mom, got 1.0'), (dict(sgd_phase='sleep'), ValueError, "sgd_phase must be one of momentum, skip, got 'sleep'"),
+@pytest.mark.parametrize('kw,error,says',
+                         [(dict(rule=1.), TypeError, 'rule must be a function of step and sqr_mom, got 1.0'),
+                          (dict(sgd_phase='sleep'), ValueError, "sgd_phase must be one of momentum, skip, got 'sleep'"),
                                            (dict(eps=-1.), ValueError, 'eps .* got -1'), (dict(wd=math.nan), ValueError, 'wd .* got nan')])
 def test_settings_that_cannot_be(kw, error, says):
     with pytest.raises(error, match=says): Adam(some(), lr=.1, **kw)
@@ -408,7 +422,8 @@ def test_no_argument_is_ignored(name):
 
 # ---- in a Learner
 
-in_learner = {**opt_funcs, 'warmup': partial(AdamWarmupFn, n_steps=8), '2k': partial(Adam2kFn, n_steps=8), '2k-freeze': partial(Adam2kFn, n_steps=8, sgd_phase='freeze')}
+in_learner = {**opt_funcs, 'warmup': partial(AdamWarmupFn, n_steps=8), '2k': partial(Adam2kFn, n_steps=8),
+              '2k-freeze': partial(Adam2kFn, n_steps=8, sgd_phase='freeze')}
 
 @pytest.mark.parametrize('decouple_wd', [True, False])
 @pytest.mark.parametrize('fit', ['fit', 'fit_one_cycle'])

@@ -38,7 +38,8 @@ def stepped(name, sizes, n=1):
 
 # --- models and contestants
 
-@pytest.mark.parametrize('model, n_params, n_tensors', [('xresnet18', 11_200_874, 68), ('xresnet50', 23_547_754, 167), ('small', 64_000, 1000)])
+@pytest.mark.parametrize('model, n_params, n_tensors',
+                         [('xresnet18', 11_200_874, 68), ('xresnet50', 23_547_754, 167), ('small', 64_000, 1000)])
 def test_models(model, n_params, n_tensors):
     sizes = step.shapes(model)
     assert (sum(s.numel() for s in sizes), len(sizes)) == (n_params, n_tensors)
@@ -105,7 +106,8 @@ def test_ratio_is_paired():
     busy = np.array([1., 9, 1, 30, 2])
     assert step.paired_ratio(6*busy, 4*busy) == pytest.approx(1.5)
 
-@pytest.mark.parametrize('name, lo, hi', [('ours', 8, 8.1), ('ours-ranger', 12, 12.1), ('ours-torch', 8, 8.1), ('fastai', 8, 8), ('fastai-adam', 8, 8),
+@pytest.mark.parametrize('name, lo, hi',
+                         [('ours', 8, 8.1), ('ours-ranger', 12, 12.1), ('ours-torch', 8, 8.1), ('fastai', 8, 8), ('fastai-adam', 8, 8),
     ('fastai-ranger', 12, 12), ('torch', 8+4/64, 8+4/64), ('torch-foreach', 8+4/64, 8+4/64), ('torch-adamw-fused', 8+4/64, 8+4/64)])
 def test_state_bytes(name, lo, hi):
     opt,_,new = stepped(name, [(64,)]*10)
@@ -196,7 +198,8 @@ def test_help_names_everything(cli):
 
 @pytest.fixture
 def tiny_images(monkeypatch):
-    monkeypatch.setitem(step.MODELS, 'xresnet18', lambda: torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, 4), torch.nn.Flatten(), torch.nn.Linear(4*16*16, 10)))
+    monkeypatch.setitem(step.MODELS, 'xresnet18',
+                        lambda: torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, 4), torch.nn.Flatten(), torch.nn.Linear(4*16*16, 10)))
 
 def test_callback_bench_takes_the_steps_it_counts(tiny_images, tmp_path, monkeypatch):
     "Every Learner takes the same steps, its callbacks see all of them, and the Learners without any are the measure"
@@ -211,7 +214,8 @@ def test_callback_bench_takes_the_steps_it_counts(tiny_images, tmp_path, monkeyp
     assert seen['GradientHistogram'].to_frame().step.tolist() == [10, 20] and len(seen['AdaptiveLRVariance'].to_frame()) == 23
     rows = [json.loads(l) for l in (tmp_path/'records.jsonl').read_text().splitlines()]
     assert len(rows) == len(df) and {r['bench'] for r in rows} == {'callback'} and (tmp_path/'callback.png').stat().st_size > 1000
-    assert command.BENCHES['callback'].models == ['xresnet18', 'xresnet50'] and shlex.split(rows[0]['command'])[:4] == ['radam-bench', 'callback', '--models', 'xresnet18']
+    assert command.BENCHES['callback'].models == ['xresnet18', 'xresnet50']
+    assert shlex.split(rows[0]['command'])[:4] == ['radam-bench', 'callback', '--models', 'xresnet18']
 
 def test_time_inside_is_that_of_the_callbacks(tiny_images, monkeypatch):
     clock = iter(range(10**6))
@@ -246,13 +250,15 @@ def test_train_bench_takes_the_step_apart(tiny_images, tmp_path, monkeypatch):
         seen[len(seen)] = learn
     monkeypatch.setattr(train, 'pass_momentum_phase', watch)
     df = command.main('train', models='xresnet18', rounds=3, warmup=1, threads=1, device='cpu', out=tmp_path)
-    assert df.settings.tolist() == ['fastai', 'fastai, channels last', 'ours', 'ours, channels last', 'ours, channels last, bf16'] and (df.n_steps == 7).all() and df.ratio[0] == 1
+    assert df.settings.tolist() == ['fastai', 'fastai, channels last', 'ours', 'ours, channels last', 'ours, channels last, bf16']
+    assert (df.n_steps == 7).all() and df.ratio[0] == 1
     parts = df[['forward_ms', 'backward_ms', 'step_ms', 'release_ms']]
     assert (parts > 0).all(axis=None)
     assert df.last_loss[:4].tolist() == pytest.approx([df.last_loss[0]]*4, rel=1e-4)
     assert 1e-6 < abs(df.last_loss[4]/df.last_loss[0]-1) < .05 # bfloat16 was on
     for learn in seen.values(): assert {int(s['step']) for s in learn.opt.state.values()} == {17}
-    assert [next(l.model.parameters()).is_contiguous(memory_format=torch.channels_last) for l in seen.values()] == [False, True, False, True, True]
+    assert [next(l.model.parameters()).is_contiguous(memory_format=torch.channels_last)
+            for l in seen.values()] == [False, True, False, True, True]
     assert df.images_per_sec.tolist() == pytest.approx((64e3/df.ms).tolist()) and (tmp_path/'train.png').stat().st_size > 1000
     rows = [json.loads(l) for l in (tmp_path/'records.jsonl').read_text().splitlines()]
     assert {r['bench'] for r in rows} == {'train'} and rows[0]['reading_ms_0_workers'] == 1

@@ -17,7 +17,8 @@ from radam_fastai.recipes.records import read_records
 
 pytestmark = pytest.mark.usefixtures('tiny')
 
-def mount(path, *options): return shutil.which('mount') and not subprocess.run(['mount', *options, str(path)], capture_output=True).returncode
+def mount(path, *options):
+    return shutil.which('mount') and not subprocess.run(['mount', *options, str(path)], capture_output=True).returncode
 
 @pytest.fixture
 def disk(tmp_path):
@@ -42,7 +43,8 @@ def test_full_at_any_moment(disk, tmp_path):
     rng = random.Random(0)
     for i in range(100 if FULL else 12):
         ballast = fill(disk, room=int(rng.uniform(0, .95)*need))
-        with pytest.raises(RecipeError, match='could not write .*: No space left on device; what was written before is whole'): small_job(out)
+        with pytest.raises(RecipeError, match='could not write .*: No space left on device; what was written before is whole'):
+            small_job(out)
         with warnings.catch_warnings():
             warnings.simplefilter('error') # a part of a record
             found = without_times(read_records(out/'records.jsonl')) if (out/'records.jsonl').exists() else []
@@ -84,7 +86,8 @@ def test_no_room_to_unpack(disk, tmp_path):
     (tmp_path/'big').mkdir()
     (tmp_path/'big'/'a.bin').write_bytes(random.Random(0).randbytes(2_000_000))
     a,ballast = tar(tmp_path/'a.tgz', x=tmp_path/'big'),fill(disk, 1_000_000)
-    with pytest.raises(RecipeError, match='a.tgz could not be unpacked .*No space left on device.*nothing of it is used'): unpack([a], disk/'x')
+    with pytest.raises(RecipeError, match='a.tgz could not be unpacked .*No space left on device.*nothing of it is used'):
+        unpack([a], disk/'x')
     assert {p.name for p in disk.iterdir()} <= {'ballast', '.making-x.lock'}
     ballast.unlink()
     assert (unpack([a], disk/'x')/'a.bin').read_bytes() == (tmp_path/'big'/'a.bin').read_bytes()

@@ -12,7 +12,6 @@ from helpers import opts, plain_rect, recorded_learner, state_of
 from radam_fastai.finder import rectified_lr_find
 from radam_fastai.optimizer import RAdam
 
-
 @pytest.mark.parametrize('name', opts)
 def test_finder_has_the_taken_rate_on_its_axis(name, monkeypatch):
     seen = {}
@@ -27,7 +26,8 @@ def test_finder_has_the_taken_rate_on_its_axis(name, monkeypatch):
     ax = plt.gca()
     assert 'lr·$r_t$' in ax.get_xlabel()
     x = ax.lines[0].get_xdata()
-    assert np.isnan(x[:5]).all() and x[5:] == pytest.approx([lr*plain_rect(t, .99, 5) for t,lr in enumerate(set_to, 1) if t > 5][:-5], rel=1e-5)
+    assert np.isnan(x[:5]).all()
+    assert x[5:] == pytest.approx([lr*plain_rect(t, .99, 5) for t,lr in enumerate(set_to, 1) if t > 5][:-5], rel=1e-5)
     plt.close('all')
 
 @pytest.mark.parametrize('name', opts)
@@ -35,7 +35,8 @@ def test_finder_leaves_everything_as_found(name):
     learn = recorded_learner(opts[name])
     learn.fit_one_cycle(2, .01)
     model,state,hypers = state_of(learn)
-    rows,recorded = learn.rectifier.to_frame(),{k: list(getattr(learn.recorder, k)) for k in ('lrs', 'losses', 'iters', 'values', 'metric_names')}
+    rows,recorded = learn.rectifier.to_frame(),{k: list(getattr(learn.recorder, k))
+                                                for k in ('lrs', 'losses', 'iters', 'values', 'metric_names')}
     rectified_lr_find(learn, show_plot=False)
     model2,state2,hypers2 = state_of(learn)
     assert all(map(torch.equal, model, model2)) and hypers == hypers2 and len(state) == len(state2)

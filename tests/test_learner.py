@@ -50,7 +50,8 @@ def eps_first_step(p, step, sqr_mom, eps, **kwargs):
 
 def torch_like(params, lr, mom=.9, sqr_mom=.99, eps=1e-5, wd=0., decouple_wd=True):
     "`torch.optim.RAdam`'s rule from fastai's steps, which know `do_wd`"
-    cbs = [stock.weight_decay if decouple_wd else stock.l2_reg, partial(stock.average_grad, dampening=True), stock.average_sqr_grad, stock.step_stat, eps_first_step]
+    cbs = [stock.weight_decay if decouple_wd else stock.l2_reg, partial(stock.average_grad, dampening=True), stock.average_sqr_grad,
+           stock.step_stat, eps_first_step]
     return stock.Optimizer(params, cbs, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd)
 
 def wrapper(params, lr, mom=.9, sqr_mom=.99, eps=1e-5, wd=0., decouple_wd=True):
@@ -105,7 +106,8 @@ def test_equals_fastai(pair, decouple_wd, wd_bn_bias):
     (RAdam, stock.RAdam), (Ranger, stock.ranger), (RAdamWrapper, partial(torch_like, sqr_mom=.999, eps=1e-8, decouple_wd=False)),
     (partial(RAdam, mom=.95), partial(stock.RAdam, mom=.95)), (partial(RAdam, lr=.02, beta=50), partial(stock.RAdam, lr=.02, beta=50)),
     (partial(Ranger, k=3, alpha=.8), partial(stock.ranger, k=3, alpha=.8)),
-    (RAdamFn, partial(stock.RAdam, sqr_mom=.99, eps=1e-6, wd=1e-2)), (partial(RAdamFn, mom=.8), partial(stock.RAdam, sqr_mom=.99, eps=1e-6, wd=1e-2, mom=.8)),
+    (RAdamFn, partial(stock.RAdam, sqr_mom=.99, eps=1e-6, wd=1e-2)),
+    (partial(RAdamFn, mom=.8), partial(stock.RAdam, sqr_mom=.99, eps=1e-6, wd=1e-2, mom=.8)),
     (RangerFn, partial(stock.ranger, mom=.95, sqr_mom=.99, eps=1e-6, wd=1e-2))])
 @pytest.mark.parametrize('splitter', [trainable_params, halves])
 def test_ways_to_say_opt_func(ours, theirs, splitter):
@@ -265,7 +267,8 @@ def test_frozen_body(pair, train_bn):
     learn,_ = train_both(pair, train, train_bn=train_bn)
     n = 15 if train_bn else 0
     assert steps(learn) == [0, n, n, 15, 15]
-    assert [torch.equal(a, b) for a,b in zip(weights(learn), get_model().double().parameters())] == [True, not train_bn, not train_bn, False, False]
+    assert [torch.equal(a, b) for a,b in zip(weights(learn),
+                                             get_model().double().parameters())] == [True, not train_bn, not train_bn, False, False]
 
 @pytest.mark.parametrize('whose', ['learn', 'opt'])
 def test_frozen_mid_training_stays_put(ours, whose):

@@ -22,7 +22,6 @@ from radam_fastai.introspect import updates_made
 from radam_fastai.loggers import FailSafe, LogRectifier
 from radam_fastai.optimizer import RAdam
 
-
 class SeeHypers(Callback):
     order = 51
     def __init__(self): self.seen,self.saved = [],[]
@@ -49,7 +48,8 @@ class SaveEachBatch(Callback):
 
 ends = {'short epochs': lambda: ShortEpochCallback(pct=.5), **{f'{e.__name__} in {event}, order {order}': partial(Raise, e, event, order)
         for e in (CancelBatchException, CancelTrainException, CancelEpochException, CancelFitException, KeyboardInterrupt, OSError)
-        for event,order in (('after_step', 0), ('after_batch', 0), ('after_batch', 99)) if (e, event) != (CancelBatchException, 'after_batch')}}
+        for event,order in (('after_step', 0), ('after_batch', 0), ('after_batch', 99))
+        if (e, event) != (CancelBatchException, 'after_batch')}}
 
 def clean(learn): return not any({'rect', 'effective_lr'} & set(h) for h in learn.opt.hypers)
 
@@ -175,7 +175,8 @@ def wandb_callback(monkeypatch):
 @pytest.mark.parametrize('bridge', ['WandbCallback', 'LogRectifier', 'FailSafe'])
 def test_wandb(wandb, monkeypatch, bridge, name):
     learn = recorded_learner(opts[name])
-    learn.add_cb(wandb_callback(monkeypatch) if bridge == 'WandbCallback' else LogRectifier('wandb') if bridge == 'LogRectifier' else FailSafe(LogRectifier('wandb')))
+    learn.add_cb(wandb_callback(monkeypatch) if bridge == 'WandbCallback' else LogRectifier('wandb') if bridge == 'LogRectifier'
+                 else FailSafe(LogRectifier('wandb')))
     learn.fit(2, .01)
     learn.validate()
     learn.lr_find(show_plot=False)
@@ -185,12 +186,15 @@ def test_wandb(wandb, monkeypatch, bridge, name):
         assert [r[f'effective_lr_{group}'] for r in steps] == df.effective_lr.tolist()
         assert [r.get(f'rect_{group}', math.nan) for r in steps] == pytest.approx(df.rect.tolist(), nan_ok=True)
         assert [r['epoch'] for r in steps] == pytest.approx([i/8 for i in range(1, 17)])
-    if bridge == 'WandbCallback': assert [r['rect'] for r in wandb.rows if 'rect' in r] == pytest.approx([means(df, e)[0] for e in range(2)])
+    if bridge == 'WandbCallback':
+        assert [r['rect'] for r in wandb.rows if 'rect' in r] == pytest.approx([means(df, e)[0] for e in range(2)])
 
 def without_wandb(monkeypatch): monkeypatch.setattr(loggers, 'find_spec', lambda name: None)
 def without_run(monkeypatch): sys.modules['wandb'].run = None
 
-@pytest.mark.parametrize('spoil, error, match', [(without_wandb, ImportError, r"pip install 'radam_fastai\[loggers\]'"), (without_run, ValueError, 'call wandb.init'),])
+@pytest.mark.parametrize('spoil, error, match',
+                         [(without_wandb, ImportError, r"pip install 'radam_fastai\[loggers\]'"),
+                          (without_run, ValueError, 'call wandb.init'),])
 def test_a_logger_that_cannot_log_is_an_error_before_the_first_batch(wandb, monkeypatch, spoil, error, match):
     spoil(monkeypatch)
     for cb in (LogRectifier('wandb'), FailSafe(LogRectifier('wandb'))):
@@ -235,7 +239,8 @@ def test_the_line_for_each_tracker(tracker, wandb, tmp_path):
     else: got = list(enumerate((r['effective_lr_1'] for r in (wandb.rows if tracker == 'Weights & Biases' else sent[tracker])), 1))
     assert [i for i,_ in got] == list(range(1, 17)) and [v for _,v in got] == pytest.approx(df.effective_lr.tolist())
 
-def test_there_is_a_line_for_each_tracker(): assert list(lines_for_trackers()) == ['Weights & Biases', 'MLflow', 'Trackio', 'Comet', 'TensorBoard']
+def test_there_is_a_line_for_each_tracker():
+    assert list(lines_for_trackers()) == ['Weights & Biases', 'MLflow', 'Trackio', 'Comet', 'TensorBoard']
 
 def test_a_tracker_that_fails_does_not_end_the_fit():
     sent = []
@@ -243,7 +248,8 @@ def test_a_tracker_that_fails_does_not_end_the_fit():
         sent.append(row)
         if len(sent) == 3: raise ConnectionError('gone away')
     learn = recorded_learner(RAdam, cbs=[LogRectifier(fail)])
-    with pytest.warns(UserWarning, match='LogRectifier failed in after_batch and takes no further part in this fit: gone away'): learn.fit(2, .01)
+    with pytest.warns(UserWarning, match='LogRectifier failed in after_batch and takes no further part in this fit: gone away'):
+        learn.fit(2, .01)
     assert len(sent) == 3 and len(learn.rectifier.to_frame()) == 32
     learn.fit(1, .01)
     assert len(sent) == 3+8
@@ -262,7 +268,8 @@ class Fragile(Callback):
 def test_keep_going():
     learn = recorded_learner(RAdam)
     learn.add_cb(FailSafe(cb := Fragile('after_batch', 5)))
-    with pytest.warns(UserWarning, match='Fragile failed in after_batch and takes no further part in this fit: the server has gone away'): learn.fit(2, .01)
+    with pytest.warns(UserWarning, match='Fragile failed in after_batch and takes no further part in this fit: the server has gone away'):
+        learn.fit(2, .01)
     assert len(learn.rectifier.to_frame()) == 32 and cb.n == 5
     learn.fit(1, .01)
     assert cb.n == 5+16 # training and validation batches of the next fit

@@ -19,7 +19,6 @@ from radam_fastai.functional import can_fuse, has_fused_kernel, radam_step_
 from radam_fastai.optimizer import RAdam, RAdamFn, Ranger, RangerFn
 from radam_fastai.torch_optim import RAdam as TorchRAdam
 
-
 def params(*shapes, seed=0, dtype=torch.float32):
     g = torch.Generator().manual_seed(seed)
     return [nn.Parameter(torch.randn(s, generator=g, dtype=torch.float64).to(dtype)) for s in shapes]
@@ -42,8 +41,10 @@ def test_signature(ours, theirs):
     assert all(p.kind in (p.KEYWORD_ONLY, p.VAR_KEYWORD) for p in a[len(b):])
 
 @pytest.mark.parametrize('opt_func', ['RAdam', 'RAdamFn', 'Ranger', 'RangerFn', 'ranger', 'AdamFn', 'SGDFn'])
-@pytest.mark.parametrize('kw,hint', [(dict(betas=(.9, .99)), 'for betas use mom and sqr_mom'), (dict(weight_decay=.1), 'for weight_decay use wd'),
-                                     (dict(weight_decay=.1, decoupled_weight_decay=True), 'use wd, decouple_wd')], ids=['betas', 'decay', 'two'])
+@pytest.mark.parametrize('kw,hint', [(dict(betas=(.9, .99)), 'for betas use mom and sqr_mom'),
+                                     (dict(weight_decay=.1), 'for weight_decay use wd'),
+                                     (dict(weight_decay=.1, decoupled_weight_decay=True), 'use wd, decouple_wd')],
+                                     ids=['betas', 'decay', 'two'])
 def test_pytorchs_names(opt_func, kw, hint):
     with pytest.raises(TypeError, match=hint): getattr(radam_fastai.all, opt_func)(params((3,)), lr=.1, **kw)
 
@@ -55,7 +56,8 @@ def test_lower_case_ranger():
 def test_hypers_and_state_keys(ours, theirs):
     a,b = (run(f(params((3,), (2,)), lr=.1), 2) for f in (ours, theirs))
     assert dict(a.hypers[0]) == dict(b.hypers[0]) and a.state_dict().keys() == b.state_dict().keys()
-    for s,t in zip(a.state_dict()['state'], b.state_dict()['state']): assert s.keys() == t.keys() and type(s['step']) is type(t['step']) is int
+    for s,t in zip(a.state_dict()['state'], b.state_dict()['state']):
+        assert s.keys() == t.keys() and type(s['step']) is type(t['step']) is int
 
 def test_factories():
     o,r = RAdamFn(params((3,)), lr=.1),RangerFn(params((3,)), lr=.1)
@@ -97,7 +99,8 @@ def test_no_more_memory_than_fastai():
 
 # ---- refusals
 
-hypers_out_of_range = [('lr', -.1), ('lr', float('nan')), ('lr', float('inf')), ('mom', 1.), ('mom', -.1), ('sqr_mom', 1.), ('sqr_mom', 1.5), ('eps', -1e-8), ('wd', -.1), ('beta', -1.)]
+hypers_out_of_range = [('lr', -.1), ('lr', float('nan')), ('lr', float('inf')), ('mom', 1.), ('mom', -.1), ('sqr_mom', 1.),
+                       ('sqr_mom', 1.5), ('eps', -1e-8), ('wd', -.1), ('beta', -1.)]
 
 @pytest.mark.parametrize('name,value', hypers_out_of_range)
 def test_hypers_out_of_range_at_construction(name, value):
@@ -144,7 +147,9 @@ def test_a_gradient_that_becomes_sparse():
     with pytest.raises(TypeError, match='sparse'): opt.step()
     assert identical(frozen(opt), before)
 
-@pytest.mark.parametrize('bad,error,says', [([], ValueError, 'empty'), ([[]], ValueError, 'empty'), ([{'params': []}], TypeError, 'dict'), (['x'], TypeError, 'str')])
+@pytest.mark.parametrize('bad,error,says',
+                         [([], ValueError, 'empty'), ([[]], ValueError, 'empty'), ([{'params': []}], TypeError, 'dict'),
+                          (['x'], TypeError, 'str')])
 def test_parameters_that_are_none(bad, error, says):
     with pytest.raises(error, match=says): RAdam(bad, lr=.1)
 
@@ -336,13 +341,15 @@ def test_without_private_kernels(monkeypatch):
     has_fused_kernel.cache_clear()
     try:
         assert not has_fused_kernel(torch.device('cpu'), torch.float32)
-        for a,b in zip(run(RAdam(params((3,), (4, 2)), lr=.1, wd=.1), 20).param_lists[0], expect.param_lists[0]): assert rel_err(a, b) < 1e-6
+        for a,b in zip(run(RAdam(params((3,), (4, 2)), lr=.1, wd=.1), 20).param_lists[0], expect.param_lists[0]):
+            assert rel_err(a, b) < 1e-6
     finally: has_fused_kernel.cache_clear()
 
 # ---- properties
 
 shape = st.sampled_from([(1,), (3,), (2, 5), (4, 3, 2, 2), (), (0, 2), (33,)])
-hypers = st.fixed_dictionaries(dict(lr=st.floats(0, .1), mom=st.floats(0, .99), sqr_mom=st.floats(0, .9999), eps=st.floats(1e-8, 1e-2), wd=st.floats(0, .5)))
+hypers = st.fixed_dictionaries(dict(lr=st.floats(0, .1), mom=st.floats(0, .99), sqr_mom=st.floats(0, .9999), eps=st.floats(1e-8, 1e-2),
+                                    wd=st.floats(0, .5)))
 rules = st.fixed_dictionaries(dict(decouple_wd=st.booleans(), threshold=st.sampled_from([4, 5, 7.]), eps_debiased=st.booleans(),
                                    sgd_phase=st.sampled_from(['momentum', 'skip']), maximize=st.booleans()))
 
@@ -372,7 +379,8 @@ def test_fused_foreach_and_loop_agree(shapes, hypers, rules, n):
         vs = [v.detach()**2 for v in vs]
         for t in range(n, n+3):
             lists = [list(o) for o in (ps, [g.data for g in params(*shapes, seed=t+9, dtype=torch.float64)], [m.data for m in ms], vs)]
-            for part in ([[o] for o in one] for one in zip(*lists)) if loop else [lists]: radam_step_(*part, t, fused=fused, **hypers, **rules)
+            for part in ([[o] for o in one] for one in zip(*lists)) if loop else [lists]:
+                radam_step_(*part, t, fused=fused, **hypers, **rules)
         return ps
     expect = path(False, True)
     for got in (path(True, False), path(False, False), path(None, False)):

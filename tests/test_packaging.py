@@ -58,7 +58,8 @@ def wheel(tmp_path_factory):
     "A wheel built from the sdist of a copy of the project, so that both are complete"
     pytest.importorskip('build')
     src = tmp_path_factory.mktemp('build')/'src'
-    copytree(root, src, ignore=ignore_patterns('.git', '.venv', '__pycache__', '.ipynb_checkpoints', 'runs', 'build', 'dist', '_docs', '*.egg-info'))
+    copytree(root, src, ignore=ignore_patterns('.git', '.venv', '__pycache__', '.ipynb_checkpoints', 'runs', 'build', 'dist', '_docs',
+                                               '*.egg-info'))
     res = subprocess.run([sys.executable, '-m', 'build', '--no-isolation', '-o', src/'dist', src], capture_output=True, text=True)
     assert res.returncode == 0, res.stdout + res.stderr
     assert (src/'dist'/f'radam_fastai-{radam_fastai.__version__}.tar.gz').exists()

@@ -28,18 +28,22 @@ def test_oracle(name, fused):
     p,m,v = (torch.full((1,), x, dtype=torch.float64) for x in (.5, 0., 0.))
     for row in settings[name]:
         radam_step_([p], [torch.tensor([float(row['grad'])], dtype=torch.float64)], [m], [v], int(row['step']), fused=fused, **hypers)
-        for got,key in ((p, 'param'), (m, 'grad_avg'), (v, 'sqr_avg')): assert got.item() == pytest.approx(float(row[key]), rel=1e-12, abs=1e-18), key
+        for got,key in ((p, 'param'), (m, 'grad_avg'), (v, 'sqr_avg')):
+            assert got.item() == pytest.approx(float(row[key]), rel=1e-12, abs=1e-18), key
 
 @pytest.mark.parametrize('name', ['fastai', 'torch', 'author', 'paper'])
 def test_reference_settings_are_the_oracles(name):
     first,ours = settings[name][0],reference_settings[name]
-    assert {k: float(first[k]) for k in ('mom', 'sqr_mom', 'eps', 'threshold')} == {k: ours[k] for k in ('mom', 'sqr_mom', 'eps', 'threshold')}
-    assert (first['decouple_wd'], first['eps_debiased'], first['sgd_phase']) == (str(ours['decouple_wd']), str(ours['eps_debiased']), ours['sgd_phase'])
+    assert {k: float(first[k]) for k in ('mom', 'sqr_mom', 'eps', 'threshold')} == {k: ours[k]
+                                                                                    for k in ('mom', 'sqr_mom', 'eps', 'threshold')}
+    assert (first['decouple_wd'], first['eps_debiased'], first['sgd_phase']) == (str(ours['decouple_wd']), str(ours['eps_debiased']),
+                                                                                 ours['sgd_phase'])
 
 # ---- trajectories
 
 base = dict(lr=.01, mom=.9, sqr_mom=.99, eps=1e-5, wd=.1)
-variants = [{}, dict(sqr_mom=.9), dict(sqr_mom=.999), dict(sqr_mom=.6), dict(decouple_wd=False), dict(maximize=True), dict(beta=2.), dict(eps_debiased=False),
+variants = [{}, dict(sqr_mom=.9), dict(sqr_mom=.999), dict(sqr_mom=.6), dict(decouple_wd=False), dict(maximize=True), dict(beta=2.),
+            dict(eps_debiased=False),
             dict(threshold=4), dict(sgd_phase='skip'), dict(eps=0.), dict(mom=0.), dict(eps=1e-2, eps_debiased=False, decouple_wd=False)]
 ids = lambda v: '-'.join(f'{k}={x}' for k,x in v.items()) or 'base'
 
@@ -56,20 +60,23 @@ def test_algorithm_2_in_half_precision(dtype, tol):
     compare(drive(RAdam(ps := params(dtype), **base), ps, n=60), plain(plain_step, n=60, dtype=dtype, **base), tol)
 
 @pytest.mark.parametrize('dtype,tol', [(torch.float64, 1e-12), (torch.float32, 1e-6)])
-@pytest.mark.parametrize('variant', [{}, dict(sqr_mom=.9), dict(sqr_mom=.999), dict(sqr_mom=.5), dict(decouple_wd=False), dict(beta=2.), dict(eps=0., wd=0.)], ids=ids)
+@pytest.mark.parametrize('variant', [{}, dict(sqr_mom=.9), dict(sqr_mom=.999), dict(sqr_mom=.5), dict(decouple_wd=False), dict(beta=2.),
+                                     dict(eps=0., wd=0.)], ids=ids)
 def test_fastai_radam(variant, dtype, tol):
     kw = {**base, **variant}
     compare(drive(RAdam(a := params(dtype), **kw), a), drive(fo.RAdam(b := params(dtype), **kw), b), tol)
 
 @pytest.mark.parametrize('dtype,tol', [(torch.float64, 1e-12), (torch.float32, 1e-6)])
-@pytest.mark.parametrize('variant', [{}, dict(k=1), dict(k=5, alpha=.8), dict(alpha=0.), dict(alpha=1.), dict(sqr_mom=.999, decouple_wd=False)], ids=ids)
+@pytest.mark.parametrize('variant', [{}, dict(k=1), dict(k=5, alpha=.8), dict(alpha=0.), dict(alpha=1.),
+                                     dict(sqr_mom=.999, decouple_wd=False)], ids=ids)
 def test_fastai_ranger(variant, dtype, tol):
     kw = dict(lr=.01, wd=.1, **variant)
     compare(drive(Ranger(a := params(dtype), **kw), a), drive(fo.ranger(b := params(dtype), **kw), b), tol)
 
 @pytest.mark.parametrize('dtype,tol', [(torch.float64, 1e-12), (torch.float32, 1e-6)])
 @pytest.mark.parametrize('foreach', [None, True, False])
-@pytest.mark.parametrize('variant', [{}, dict(betas=(.8, .9)), dict(betas=(.9, .99)), dict(betas=(.9, .5)), dict(weight_decay=.1), dict(weight_decay=.1, decoupled_weight_decay=True),
+@pytest.mark.parametrize('variant', [{}, dict(betas=(.8, .9)), dict(betas=(.9, .99)), dict(betas=(.9, .5)), dict(weight_decay=.1),
+                                     dict(weight_decay=.1, decoupled_weight_decay=True),
                                      dict(maximize=True), dict(eps=1e-3)], ids=ids)
 def test_torch_radam(variant, foreach, dtype, tol):
     def run(cls, **kw):
@@ -89,7 +96,8 @@ def test_reference_optimi(wd):
     optimi = pytest.importorskip('optimi', reason='pip install radam_fastai[bench]')
     kw = dict(lr=.01, **{**reference_settings['optimi'], 'wd': wd})
     ours = drive(RAdam(a := params(torch.float64), **kw), a, sched=False, gaps=False) # optimi counts steps per group
-    compare(ours, drive(optimi.RAdam(b := params(torch.float64), lr=.01, betas=(.9, .99), eps=1e-6, weight_decay=wd, foreach=False, triton=False), b, sched=False, gaps=False), 1e-12)
+    compare(ours, drive(optimi.RAdam(b := params(torch.float64), lr=.01, betas=(.9, .99), eps=1e-6, weight_decay=wd, foreach=False,
+                                     triton=False), b, sched=False, gaps=False), 1e-12)
 
 @pytest.mark.parametrize('wd', [0., .1])
 def test_reference_author(wd):

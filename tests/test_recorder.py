@@ -26,7 +26,6 @@ from radam_fastai.optimizer import RAdam, reference_settings
 from radam_fastai.recorder import RectifierRecorder, check_csv
 from radam_fastai.torch_optim import RAdamWrapper
 
-
 class Updates(Callback):
     "What each step did to the first weight, and the count and averages behind it"
     def before_step(self): self.p = self.model[0].weight.detach().clone()
@@ -46,7 +45,8 @@ def test_effective_lr_is_what_moved_the_weights(name):
     df = learn.rectifier.to_frame()
     df = df[df.group == 0].reset_index(drop=True)
     assert list(df.columns) == 'epoch batch step group rho rect adaptive lr effective_lr mom sqr_mom event'.split()
-    assert df.step.tolist() == list(range(1, 25)) and df.epoch.tolist() == sum(([i]*8 for i in range(3)), []) and df.batch.tolist() == [*range(8)]*3
+    assert df.step.tolist() == list(range(1, 25)) and df.epoch.tolist() == sum(([i]*8 for i in range(3)), [])
+    assert df.batch.tolist() == [*range(8)]*3
     for row,(moved,m,v,t,h) in zip(df.itertuples(), up.seen):
         m_hat,v_hat = m/(1-h['mom']**t),v/(1-h['sqr_mom']**t)
         eps = h['eps'] if name not in ('torch', 'wrapper') else h['eps']/math.sqrt(1-h['sqr_mom']**t)
@@ -57,7 +57,9 @@ def test_effective_lr_is_what_moved_the_weights(name):
         assert row.rho == pytest.approx(199-2*t*.99**t/(1-.99**t))
 
 class Felt(Callback):
-    "The learning rate that each update had, read from what it did to the first weight of each group: Δp against m̂/(sqrt(v̂)+eps), and against m̂ in the momentum phase"
+    """The learning rate that each update had, read from what it did to the first weight of each group.
+
+    Δp against m̂/(sqrt(v̂)+eps), and against m̂ in the momentum phase."""
     def before_step(self): self.before = [self._first(i).detach().clone() for i in range(2)]
     def _first(self, i): return self.model[i].weight
     def after_step(self):
@@ -204,7 +206,8 @@ def test_networks_that_are_trained_in_turn_do_not_restart(opt_func):
     df = learn.rectifier.to_frame()
     assert not df.event.any() and len(df.drop_duplicates(['epoch', 'batch'])) == 32
     counts = learn.opt.state[learn.model.critic[0].weight]['step'],learn.opt.state[learn.model.generator.weight]['step']
-    assert set(counts) <= set(df.step) and (opt_func is fo.RAdam or counts == (21, 11)) # fastai's steps an idle network, too: it writes zeros
+    # fastai's steps an idle network, too: it writes zeros
+    assert set(counts) <= set(df.step) and (opt_func is fo.RAdam or counts == (21, 11))
 
 def test_parameters_that_join_later_do_not_restart():
     learn = recorded_learner(RAdam, splitter=lambda m: [list(m.parameters())])
@@ -255,7 +258,8 @@ def test_plot():
     y = axs[0].lines[0].get_ydata()
     assert np.isnan(y[:5]).all() and y[5] == pytest.approx(plain_rect(6, .99, 5)) and axs[1].get_xlabel() == 'update'
 
-def foreign(module, name, **kw): return partial(OptimWrapper, opt=lambda ps, lr, **kws: getattr(pytest.importorskip(module), name)(ps, lr=lr, **kws), **kw)
+def foreign(module, name, **kw):
+    return partial(OptimWrapper, opt=lambda ps, lr, **kws: getattr(pytest.importorskip(module), name)(ps, lr=lr, **kws), **kw)
 
 class Train(Callback):
     "schedulefree wants to be told"
@@ -311,7 +315,8 @@ class HomeMadeRAdam(torch.optim.SGD): "One that nobody has heard of"
 
 def test_a_radam_that_is_not_known_is_called_that():
     learn = recorded_learner(partial(OptimWrapper, opt=HomeMadeRAdam))
-    with pytest.warns(UserWarning, match='how HomeMadeRAdam rectifies is not known here; its lr, mom and sqr_mom are recorded'): learn.fit(1, .01)
+    with pytest.warns(UserWarning, match='how HomeMadeRAdam rectifies is not known here; its lr, mom and sqr_mom are recorded'):
+        learn.fit(1, .01)
     df = learn.rectifier.to_frame()
     assert df.effective_lr.isna().all() and df.rect.isna().all() and (df.lr == .01).all()
     with pytest.raises(ValueError, match='how HomeMadeRAdam rectifies is not known here'): rectified_lr_find(learn)
@@ -463,7 +468,8 @@ def test_a_last_row_of_any_bytes_is_taken_out(tmp_path):
 @pytest.mark.parametrize('make, error, match', [
     (lambda p: p.mkdir(), IsADirectoryError, 'cannot write the rectifier.*r.csv: Is a directory'),
     (lambda p: p.parent.joinpath('sub').write_text(''), OSError, 'cannot write the rectifier'),
-    (lambda p: p.write_text('a,b\n1,2\n'), ValueError, "r.csv is there and holds something else than a rectifier's rows: choose another file")])
+    (lambda p: p.write_text('a,b\n1,2\n'), ValueError,
+     "r.csv is there and holds something else than a rectifier's rows: choose another file")])
 def test_a_file_that_cannot_be_used_is_an_error_before_the_first_batch(tmp_path, make, error, match):
     make(tmp_path/'r.csv')
     was = (tmp_path/'r.csv').read_text() if (tmp_path/'r.csv').is_file() else None
@@ -517,7 +523,8 @@ def test_plot_tells_late_parameters_restarts_and_skips_apart():
     ax = learn.rectifier.plot()[0]
     assert [t.get_text() for t in ax.get_legend().get_texts()] == ['group 0', 'group 0, joined later']
     lines = {l.get_label(): l for l in ax.lines}
-    assert list(lines['group 0'].get_xdata()) == list(range(1, 25)) and list(lines['group 0, joined later'].get_xdata()) == list(range(9, 17))
+    assert list(lines['group 0'].get_xdata()) == list(range(1, 25))
+    assert list(lines['group 0, joined later'].get_xdata()) == list(range(9, 17))
     assert lines['group 0'].get_ydata()[5] == pytest.approx(plain_rect(6, .99, 5))
     assert 17 in [l.get_xdata()[0] for l in ax.lines if l.get_linestyle() == ':']
     assert [list(l.get_xdata()) for l in ax.lines if l.get_marker() == 'x' and len(l.get_xdata())] == [[12, 20], [12]]

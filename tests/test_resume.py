@@ -42,7 +42,8 @@ def stopped_at(monkeypatch, batch):
     get = imagenette.get_learner
     monkeypatch.setattr(imagenette, 'get_learner', lambda *a: get(*a).add_cb(Stop(batch)))
 
-variants = dict(radam=dict(sched='one_cycle'), bf16=dict(bf16=True, channels_last=True), ranger=dict(opt='ranger', channels_last=True, n_items=40, bs=8),
+variants = dict(radam=dict(sched='one_cycle'), bf16=dict(bf16=True, channels_last=True),
+                ranger=dict(opt='ranger', channels_last=True, n_items=40, bs=8),
     adam=dict(opt='adam', mixup=.4, sh=.3, sa=True, act_fn='Mish', workers=2, aug='resize'))
 
 @pytest.mark.parametrize('variant', variants)
@@ -61,8 +62,10 @@ def test_resumed_equals_uninterrupted(images, tmp_path, monkeypatch, variant):
 
 # In the middle of a schedule
 
-OPTS = dict(RAdam=RAdamFn, Ranger=RangerFn, RAdamWrapper=partial(RAdamWrapper, betas=(.9,.99), weight_decay=.1, decoupled_weight_decay=True))
-FITS = dict(one_cycle=lambda learn: learn.fit_one_cycle(4, slice(.002, .02)), flat_cos=lambda learn: learn.fit_flat_cos(4, slice(.002, .02), pct_start=.3))
+OPTS = dict(RAdam=RAdamFn, Ranger=RangerFn,
+            RAdamWrapper=partial(RAdamWrapper, betas=(.9,.99), weight_decay=.1, decoupled_weight_decay=True))
+FITS = dict(one_cycle=lambda learn: learn.fit_one_cycle(4, slice(.002, .02)),
+            flat_cos=lambda learn: learn.fit_flat_cos(4, slice(.002, .02), pct_start=.3))
 
 class Thaw(Callback):
     "Train the head alone for one epoch, then everything"
@@ -106,7 +109,8 @@ def kill_after(f, secs):
 @pytest.fixture
 def jobs_to_kill(tiny, images):
     "By name: one whose data is in memory, one with processes that read images"
-    def image_job(out, resume=False): imagenette.main(**{**quick, 'epochs':2, 'workers':2}, path=images, runs=2, keep=True, out=out, resume=resume)
+    def image_job(out, resume=False):
+        imagenette.main(**{**quick, 'epochs':2, 'workers':2}, path=images, runs=2, keep=True, out=out, resume=resume)
     return dict(digits=small_job, images=image_job)
 
 @pytest.fixture(scope='module')
@@ -143,7 +147,8 @@ def second(n, *args): return n == 2
 def called(end): return lambda n, src, dst: str(dst).endswith(end)
 
 dangerous = { # a function, and the call of it that is the last
-    'checkpoint half-written': (torch, 'save', second), 'checkpoint not yet in place': (os, 'replace', second), 'record not yet written': (jobs, 'append_record', second),
+    'checkpoint half-written': (torch, 'save', second), 'checkpoint not yet in place': (os, 'replace', second),
+    'record not yet written': (jobs, 'append_record', second),
     'record half-written': (os, 'fsync', lambda n, fd: os.path.realpath(f'/proc/self/fd/{fd}').endswith('records.jsonl')),
     'steps not yet in place': (os, 'replace', called('adam-1.csv')), 'record written, checkpoint still there': (jobs, 'save_run', second),
     'report not yet written': (jobs, 'report', lambda *a: True), 'table not yet in place': (os, 'replace', called('table.md'))}
@@ -167,7 +172,8 @@ def test_killed_at_dangerous_moments(whole, tmp_path, monkeypatch, moment):
         m.setattr(where, name, die)
         assert kill_after(partial(small_job, out), 100) == -9
     assert kill_after(partial(small_job, out, resume=True), 100) == 0
-    if moment == 'record half-written': (out/'records.jsonl').write_bytes(b''.join((out/'records.jsonl').read_bytes().splitlines(True)[1:])) # the half, which is skipped
+    # the half, which is skipped
+    if moment == 'record half-written': (out/'records.jsonl').write_bytes(b''.join((out/'records.jsonl').read_bytes().splitlines(True)[1:]))
     equal_jobs(whole[0], out)
     tally['kills at dangerous moments', 'gone on from to the same bits'] += 1
 
@@ -184,7 +190,8 @@ def part(part_once, tmp_path):
     "A folder with a run that was interrupted in its second epoch"
     return shutil.copytree(part_once, tmp_path/'part')
 
-@pytest.mark.parametrize('change,says', [(dict(lr=.1), 'lr 0.01, not 0.1'), (dict(epochs=3), 'epochs 2, not 3'), (dict(opt='adam'), 'opt radam, not adam'),
+@pytest.mark.parametrize('change,says', [(dict(lr=.1), 'lr 0.01, not 0.1'), (dict(epochs=3), 'epochs 2, not 3'),
+                                         (dict(opt='adam'), 'opt radam, not adam'),
     (dict(seed=7), 'seed 0, not 7'), (dict(data=dict(name='letters')), 'data with name digits, not letters')])
 @pytest.mark.parametrize('finished', [False, True])
 def test_other_options_are_named(part, change, says, finished):
@@ -240,7 +247,8 @@ def test_other_files_are_no_checkpoints(tmp_path, state):
     save_checkpoint(tmp_path/'a.pth', state)
     with pytest.raises(RecipeError, match='a.pth is no checkpoint of a recipe'): load_checkpoint(tmp_path/'a.pth')
 
-@pytest.mark.parametrize('what,change', [('model', lambda s: s['model'].popitem()), ('shape', lambda s: s['model'].update({'5.bias': torch.ones(3)})),
+@pytest.mark.parametrize('what,change', [('model', lambda s: s['model'].popitem()),
+                                         ('shape', lambda s: s['model'].update({'5.bias': torch.ones(3)})),
     ('state', lambda s: s['opt']['state'].pop()), ('average', lambda s: s['opt']['state'][0].update(grad_avg=torch.ones(3)))])
 def test_checkpoint_that_does_not_fit(part, what, change):
     state = load_checkpoint(part/'radam-0.pth')
@@ -259,7 +267,8 @@ def test_one_of_many_that_start_at_once(tmp_path):
     ends = [ended(pid) for pid in [forked(partial(one, tmp_path/'out', epochs=3)) for _ in range(6)]]
     records = read_records(tmp_path/'out'/'records.jsonl')
     assert set(ends) <= {0, 2} and 2 in ends and len(records) == ends.count(0) >= 1
-    assert sorted(r['run'] for r in records) == sorted(p.stem for p in (tmp_path/'out').glob('*.csv')) and len({r['run'] for r in records}) == len(records)
+    assert sorted(r['run'] for r in records) == sorted(p.stem for p in (tmp_path/'out').glob('*.csv'))
+    assert len({r['run'] for r in records}) == len(records)
     alone, = one(tmp_path/'alone', epochs=3)
     assert all(r['steps'] == alone['steps'] for r in records)
 

@@ -91,7 +91,8 @@ def test_a_scheduled_mom():
     torch.manual_seed(0)
     p = nn.Parameter(torch.randn(3, dtype=torch.float64))
     grads = torch.randn(12, 3, dtype=torch.float64)
-    x,z,opt = p.detach().clone(),p.detach().clone(),RAdamScheduleFree([p], lr=lr, sqr_mom=b2, silent_sgd_phase=False) # plain SGD: ρ stays below 4
+    # plain SGD: ρ stays below 4
+    x,z,opt = p.detach().clone(),p.detach().clone(),RAdamScheduleFree([p], lr=lr, sqr_mom=b2, silent_sgd_phase=False)
     for t,(mom,g) in enumerate(zip(moms, grads), 1):
         opt.set_hyper('mom', mom)
         opt.train()
@@ -121,7 +122,8 @@ def at_x(learn):
     close(flat(learn), now)
     return bool(moved)
 
-@pytest.mark.parametrize('error', [KeyboardInterrupt, CancelFitException, RuntimeError('out of memory')], ids=['Ctrl-C', 'cancelled', 'error'])
+@pytest.mark.parametrize('error', [KeyboardInterrupt, CancelFitException, RuntimeError('out of memory')],
+                         ids=['Ctrl-C', 'cancelled', 'error'])
 @pytest.mark.parametrize('where', ['Learner', 'fit'])
 def test_however_training_ends(error, where):
     cb = Stop(error)
@@ -198,7 +200,8 @@ def test_loaded_states_are_copies():
 def test_flags_survive_loading_and_freezing():
     learn = get_learner()
     learn.create_opt()
-    flags = lambda: [{k: s.get(k) for k in ('do_wd', 'force_train')} for s in (learn.opt.state[p] for pg in learn.opt.param_lists for p in pg)]
+    flags = lambda: [{k: s.get(k) for k in ('do_wd', 'force_train')}
+                     for s in (learn.opt.state[p] for pg in learn.opt.param_lists for p in pg)]
     own = flags()
     learn.opt.load_state_dict(Loop_state(learn))
     assert flags() == own and any(f['do_wd'] is False for f in own)
@@ -276,7 +279,8 @@ def test_recalibration_changes_nothing_else():
     "No random number moves on: shuffled batches and dropout are the same with and without"
     def go(bn_batches):
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Sequential(nn.Conv2d(2, 3, 2), nn.BatchNorm2d(3)), nn.Sequential(nn.Dropout(.5), nn.Flatten(), nn.Linear(27, 2)))
+        model = nn.Sequential(nn.Sequential(nn.Conv2d(2, 3, 2), nn.BatchNorm2d(3)),
+                              nn.Sequential(nn.Dropout(.5), nn.Flatten(), nn.Linear(27, 2)))
         learn = get_learner(bn_batches=bn_batches, model=model)
         learn.dls.train.shuffle = True
         learn.dls.train.rng.seed(1)
@@ -304,7 +308,8 @@ def test_without_the_package(monkeypatch):
     monkeypatch.setattr('radam_fastai.schedule_free.find_spec', lambda _: None)
     with pytest.raises(ImportError, match=r"pip install 'radam_fastai\[schedulefree\]'"): get_learner().fit(1)
 
-@pytest.mark.parametrize('kw,match', [(dict(mom=0.), 'above 0'), (dict(mom=1.), 'mom .* got 1.0'), (dict(sqr_mom=1.), 'sqr_mom'), (dict(lr=-1.), 'lr'),
+@pytest.mark.parametrize('kw,match', [(dict(mom=0.), 'above 0'), (dict(mom=1.), 'mom .* got 1.0'), (dict(sqr_mom=1.), 'sqr_mom'),
+                                      (dict(lr=-1.), 'lr'),
                                       (dict(eps=-1.), 'eps'), (dict(wd=-1.), 'wd')], ids=str)
 def test_hypers_out_of_range(kw, match):
     ps = [nn.Parameter(torch.ones(2))]
@@ -319,7 +324,8 @@ def test_hypers_out_of_range(kw, match):
     (lambda sd: {'hypers': []}, 'not the state of a PyTorch optimizer'),
     (lambda sd: torch.optim.RAdam([nn.Parameter(torch.ones(2))]).state_dict(), 'have no k, '),
     (lambda sd: {**sd, 'param_groups': sd['param_groups']*2}, r'\[1, 1\] parameters, .* \[1\]'),
-    (lambda sd: {**sd, 'state': {0: dict(z=torch.ones(3))}}, r'z of parameter 0 has shape \(3,\)')], ids=['fastai', 'torch', 'groups', 'shape'])
+    (lambda sd: {**sd, 'state': {0: dict(z=torch.ones(3))}}, r'z of parameter 0 has shape \(3,\)')],
+    ids=['fastai', 'torch', 'groups', 'shape'])
 def test_states_that_do_not_fit(change, match):
     opt = RAdamScheduleFree([nn.Parameter(torch.ones(2))], lr=.1)
     before = deepcopy(opt.state_dict())

@@ -18,7 +18,8 @@ SCHEDULERS = dict(
     one_cycle=lambda o: lr_scheduler.OneCycleLR(o, max_lr=.1, total_steps=20, base_momentum=.8, max_momentum=.95),
     cosine=lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=15),
     lambda_lr=lambda o: lr_scheduler.LambdaLR(o, lambda t: 1/(t+1)),
-    cyclic=lambda o: lr_scheduler.CyclicLR(o, base_lr=.01, max_lr=.1, step_size_up=4, cycle_momentum=True, base_momentum=.8, max_momentum=.95))
+    cyclic=lambda o: lr_scheduler.CyclicLR(o, base_lr=.01, max_lr=.1, step_size_up=4, cycle_momentum=True, base_momentum=.8,
+                                           max_momentum=.95))
 
 @pytest.mark.parametrize('lr', [.05, torch.tensor(.05)], ids=['float', 'tensor'])
 @pytest.mark.parametrize('name', SCHEDULERS)

@@ -34,8 +34,10 @@ def test_signature_is_torchs():
     args = lambda f: [(p.name, p.default, p.kind) for p in inspect.signature(f).parameters.values()]
     assert args(RAdam) == args(Torch)
 
-@pytest.mark.parametrize('kw', [{}, dict(decoupled_weight_decay=True), dict(maximize=True), dict(maximize=True, decoupled_weight_decay=True), dict(eps=1e-2),
-                                dict(weight_decay=0), dict(betas=(0.,.99)), dict(betas=(.9,0.)), dict(betas=(.9,.5)), dict(betas=(.9,.999)), dict(lr=0.)], ids=str)
+@pytest.mark.parametrize('kw', [{}, dict(decoupled_weight_decay=True), dict(maximize=True),
+                                dict(maximize=True, decoupled_weight_decay=True), dict(eps=1e-2),
+                                dict(weight_decay=0), dict(betas=(0.,.99)), dict(betas=(.9,0.)), dict(betas=(.9,.5)), dict(betas=(.9,.999)),
+                                dict(lr=0.)], ids=str)
 @pytest.mark.parametrize('foreach', [None, True, False])
 def test_numbers_are_torchs(foreach, kw):
     close(torch_run(*torch_build(RAdam, foreach=foreach, **kw), range(15)), torch_run(*torch_build(Torch, **kw), range(15)))
@@ -88,7 +90,8 @@ def test_closure_returns_the_loss():
     close(a, b)
 
 def test_groups_keep_their_own_settings():
-    groups = lambda ps: [dict(params=ps[:1], lr=.01, maximize=True), dict(params=ps[1:], betas=(.8,.9), decoupled_weight_decay=True, foreach=True)]
+    groups = lambda ps: [dict(params=ps[:1], lr=.01, maximize=True),
+                         dict(params=ps[1:], betas=(.8,.9), decoupled_weight_decay=True, foreach=True)]
     a,b = fresh(),fresh()
     close(torch_run(a, RAdam(groups(a), **TORCH_HYPERS), range(15)), torch_run(b, Torch(groups(b), **TORCH_HYPERS), range(15)))
 
@@ -115,9 +118,12 @@ def test_refused_settings(kw):
     with pytest.raises(ValueError, match=name): RAdam([dict(params=ps, **kw)])
     refuses(opt, ValueError, name, lambda: opt.add_param_group(dict(params=fresh(), **kw)))
 
-OUT_OF_RANGE = [(dict(lr=-1.), r'lr .*-1\.0'), (dict(lr=math.nan), 'lr .*nan'), (dict(lr=math.inf), 'lr .*inf'), (dict(lr=torch.tensor(-2.)), r'lr .*-2\.0'),
-                (dict(betas=(1.,.99)), r'β1.*1\.0'), (dict(betas=(-.1,.99)), r'β1.*-0\.1'), (dict(betas=(.9,1.)), r'β2.*1\.0'), (dict(betas=(.9,-.5)), r'β2.*-0\.5'),
-                (dict(betas=(math.nan,.9)), 'β1.*nan'), (dict(eps=-1e-3), r'eps .*-0\.001'), (dict(eps=math.nan), 'eps .*nan'), (dict(weight_decay=-.1), r'wd .*-0\.1')]
+OUT_OF_RANGE = [(dict(lr=-1.), r'lr .*-1\.0'), (dict(lr=math.nan), 'lr .*nan'), (dict(lr=math.inf), 'lr .*inf'),
+                (dict(lr=torch.tensor(-2.)), r'lr .*-2\.0'),
+                (dict(betas=(1.,.99)), r'β1.*1\.0'), (dict(betas=(-.1,.99)), r'β1.*-0\.1'), (dict(betas=(.9,1.)), r'β2.*1\.0'),
+                (dict(betas=(.9,-.5)), r'β2.*-0\.5'),
+                (dict(betas=(math.nan,.9)), 'β1.*nan'), (dict(eps=-1e-3), r'eps .*-0\.001'), (dict(eps=math.nan), 'eps .*nan'),
+                (dict(weight_decay=-.1), r'wd .*-0\.1')]
 
 @pytest.mark.parametrize('kw,match', OUT_OF_RANGE, ids=lambda o: str(o) if isinstance(o, dict) else '')
 def test_hypers_out_of_range(kw, match):
@@ -153,7 +159,8 @@ def strange(kind):
     return p,torch.ones_like(p)
 
 @pytest.mark.parametrize('steps', [0, 8])
-@pytest.mark.parametrize('kind,match', [('sparse', r'sparse.*parameter 3, shape \(6, 2\)'), ('complex', r'complex128.*parameter 3, shape \(6, 2\)')])
+@pytest.mark.parametrize('kind,match', [('sparse', r'sparse.*parameter 3, shape \(6, 2\)'),
+                                        ('complex', r'complex128.*parameter 3, shape \(6, 2\)')])
 def test_gradients_refused(kind, match, steps):
     "The error names the parameter and no other has moved, in any group; without that gradient the run goes on"
     ps,(odd,grad) = fresh(),strange(kind)
@@ -186,7 +193,8 @@ TOLS = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.f
 
 def every_other(p): return torch.zeros(*p.shape[:-1], 2*p.shape[-1], dtype=p.dtype)[..., ::2].copy_(p)
 LAYOUTS = dict(contiguous=lambda p: p, channels_last=lambda p: p.contiguous(memory_format=torch.channels_last), non_contiguous=every_other,
-               transposed=lambda p: p.transpose(0, 1).contiguous().transpose(0, 1), permuted=lambda p: p.permute(3, 0, 2, 1).contiguous().permute(1, 3, 2, 0))
+               transposed=lambda p: p.transpose(0, 1).contiguous().transpose(0, 1),
+               permuted=lambda p: p.permute(3, 0, 2, 1).contiguous().permute(1, 3, 2, 0))
 
 @pytest.mark.parametrize('dtype', TOLS, ids=str)
 @pytest.mark.parametrize('name', LAYOUTS)
