@@ -1,5 +1,11 @@
 """The site: every link leads somewhere, every notebook has a page, and a reader sees what is meant for him."""
-import json, os, re, shutil, subprocess, sys, threading
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
 from functools import partial
 from html.parser import HTMLParser
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer

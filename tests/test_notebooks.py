@@ -1,5 +1,11 @@
 """The notebooks are the source: the modules and README.md are exactly what they give."""
-import builtins, os, re, runpy, shutil, subprocess, sys
+import builtins
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
 from configparser import ConfigParser
 from pathlib import Path
 from unittest.mock import MagicMock
@@ -36,7 +42,7 @@ def test_modules_match_notebooks(copy):
         if p != lib/'__init__.py': p.unlink() # else a module whose notebook is gone would stay unseen
     run('nbdev-export', copy)
     diff = differing(files(root/'radam_fastai', '*.py'), files(lib, '*.py'))
-    assert not diff, f'radam_fastai/ is not what the notebooks give, in {diff}: run `make export` after editing the notebooks, and delete what has none'
+    assert not diff, f'not what the notebooks give: {diff}: run `make export`, and delete a module that has no notebook'
 
 def test_notebooks_are_clean(copy):
     before = files(copy/'nbs', '*.ipynb')

@@ -10,10 +10,10 @@ from fastai.callback.all import GradientAccumulation, SaveModelCallback
 from fastai.learner import load_learner
 from torch import nn
 
+from helpers import At, all_equal, assert_same, flat, get_dls, get_learner as learner_of, get_model, halves, mse
 from radam_fastai.guard import load_strict
 from radam_fastai.optimizer import RAdamFn
 from radam_fastai.schedule_free import RAdamScheduleFree, RAdamScheduleFreeFn, ScheduleFree
-from test_learner import At, all_equal, assert_same, flat, get_dls, get_learner as learner_of, get_model, halves, mse
 
 schedulefree = pytest.importorskip('schedulefree')
 HYPERS = dict(mom=.9, sqr_mom=.9, eps=1e-8, wd=.1) # with β2 .9 the rectifier is on from the fifth of 5 batches an epoch
@@ -91,7 +91,8 @@ def test_a_scheduled_mom():
     torch.manual_seed(0)
     p = nn.Parameter(torch.randn(3, dtype=torch.float64))
     grads = torch.randn(12, 3, dtype=torch.float64)
-    x,z,opt = p.detach().clone(),p.detach().clone(),RAdamScheduleFree([p], lr=lr, sqr_mom=b2, silent_sgd_phase=False) # SGD: ρ < 4
+    # plain SGD: ρ stays below 4
+    x,z,opt = p.detach().clone(),p.detach().clone(),RAdamScheduleFree([p], lr=lr, sqr_mom=b2, silent_sgd_phase=False)
     for t,(mom,g) in enumerate(zip(moms, grads), 1):
         opt.set_hyper('mom', mom)
         opt.train()
@@ -217,7 +218,8 @@ def test_loaded_states_are_copies():
 def test_flags_survive_loading_and_freezing():
     learn = get_learner()
     learn.create_opt()
-    def flags(): return [{k: learn.opt.state[p].get(k) for k in ('do_wd', 'force_train')} for pg in learn.opt.param_lists for p in pg]
+    flags = lambda: [{k: s.get(k) for k in ('do_wd', 'force_train')}
+                     for s in (learn.opt.state[p] for pg in learn.opt.param_lists for p in pg)]
     own = flags()
     learn.opt.load_state_dict(library_state(learn))
     assert flags() == own and any(f['do_wd'] is False for f in own)
@@ -327,7 +329,8 @@ def test_without_the_package(monkeypatch):
     with pytest.raises(ImportError, match=r"pip install 'radam_fastai\[schedulefree\]'"): get_learner().fit(1)
 
 @pytest.mark.parametrize('kw,match', [(dict(mom=0.), 'above 0'), (dict(mom=1.), 'mom .* got 1.0'), (dict(sqr_mom=1.), 'sqr_mom'),
-                                      (dict(lr=-1.), 'lr'), (dict(eps=-1.), 'eps'), (dict(wd=-1.), 'wd')], ids=str)
+                                      (dict(lr=-1.), 'lr'),
+                                      (dict(eps=-1.), 'eps'), (dict(wd=-1.), 'wd')], ids=str)
 def test_hypers_out_of_range(kw, match):
     ps = [nn.Parameter(torch.ones(2))]
     with pytest.raises(ValueError, match=match): RAdamScheduleFree(ps, **{'lr': .1, **kw})
