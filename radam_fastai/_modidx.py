@@ -306,6 +306,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                  'radam_fastai.experiments.theory.variance_frame': ( 'experiments.theory.html#variance_frame',
                                                                                                      'radam_fastai/experiments/theory.py')},
             'radam_fastai.files': { 'radam_fastai.files.WriteError': ('files.html#writeerror', 'radam_fastai/files.py'),
+                                    'radam_fastai.files.WriteError.__str__': ('files.html#writeerror.__str__', 'radam_fastai/files.py'),
                                     'radam_fastai.files.append_whole': ('files.html#append_whole', 'radam_fastai/files.py'),
                                     'radam_fastai.files.building': ('files.html#building', 'radam_fastai/files.py'),
                                     'radam_fastai.files.cannot_write': ('files.html#cannot_write', 'radam_fastai/files.py'),

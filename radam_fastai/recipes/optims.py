@@ -38,7 +38,7 @@ FASTAI = dict(lr=1e-3, mom=.9, sqr_mom=.99, eps=1e-6, wd=1e-2)
 TORCH = dict(lr=1e-3, betas=(.9, .99), eps=1e-6, weight_decay=1e-2)
 TORCH_RADAM = dict(TORCH, decoupled_weight_decay=True)
 
-_optimizer,_warmup = 'radam_fastai.optimizer','radam_fastai.warmup'
+_optimizer,_baselines = 'radam_fastai.optimizer','radam_fastai.baselines'
 _timed = {
     'ours':              ('radam_fastai RAdam',             _optimizer,                 'RAdam',  FASTAI),
     'ours-ranger':       ('radam_fastai Ranger',            _optimizer,                 'Ranger', FASTAI),
@@ -58,13 +58,13 @@ _timed = {
 OPTIMS = { # name: optimizer
     'radam':            Optim('RAdam', _optimizer, 'RAdamFn'),
     'ranger':           Optim('Ranger', _optimizer, 'RangerFn'),
-    'adam':             Optim('Adam', _warmup, 'AdamFn'),
-    'adam-linear':      Optim('Adam, untuned linear warm-up', _warmup, 'AdamLinearFn'),
-    'adam-exponential': Optim('Adam, untuned exponential warm-up', _warmup, 'AdamExponentialFn'),
-    'sgd':              Optim('momentum SGD', _warmup, 'SGDFn'),
-    'adam-warmup':      Optim('Adam, warm-up', _warmup, 'AdamWarmupFn', use='experiment'),
-    'adam-2k':          Optim('Adam-2k', _warmup, 'Adam2kFn', use='experiment'),
-    'adam-eps':         Optim('Adam-eps', _warmup, 'AdamEpsFn', use='experiment'),
+    'adam':             Optim('Adam', _baselines, 'AdamFn'),
+    'adam-linear':      Optim('Adam, untuned linear warm-up', _baselines, 'AdamLinearFn'),
+    'adam-exponential': Optim('Adam, untuned exponential warm-up', _baselines, 'AdamExponentialFn'),
+    'sgd':              Optim('momentum SGD', _baselines, 'SGDFn'),
+    'adam-warmup':      Optim('Adam, warm-up', _baselines, 'AdamWarmupFn', use='experiment'),
+    'adam-2k':          Optim('Adam-2k', _baselines, 'Adam2kFn', use='experiment'),
+    'adam-eps':         Optim('Adam-eps', _baselines, 'AdamEpsFn', use='experiment'),
     **{k: Optim(*v, use='bench') for k,v in _timed.items()}}
 
 def optims(
