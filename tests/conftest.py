@@ -16,6 +16,14 @@ from helpers import summary, tally
 
 torch.set_num_threads(1) # the tensors here are small: a second thread only waits for the first
 
+def pytest_sessionfinish(session):
+    "With pytest-xdist, a worker hands its tally to the process that prints"
+    if hasattr(session.config, 'workeroutput'): session.config.workeroutput['tally'] = [(*k, n) for k,n in tally.items()]
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    for what,end,n in getattr(node, 'workeroutput', {}).get('tally', []): tally[what,end] += n
+
 def pytest_terminal_summary(terminalreporter):
     if tally: terminalreporter.section('attacks')
     for line in summary(): terminalreporter.line(line)

@@ -13,6 +13,7 @@ from radam_fastai.recipes.checkpoint import load_checkpoint
 from radam_fastai.recipes.records import read_records
 
 pytest.importorskip('accelerate')
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group('distributed')]
 root = Path(__file__).resolve().parent.parent
 
 script = '''
