@@ -69,5 +69,5 @@ hooks: $(READY) ## Let git check what is committed, and merge and compare notebo
 	$(BIN)/pre-commit install
 
 clean: ## Remove build products and caches, not .venv or runs
-	rm -rf build dist _docs radam_fastai.egg-info .pytest_cache .hypothesis
+	rm -rf build dist _docs radam_fastai.egg-info .pytest_cache .ruff_cache .hypothesis
 	find radam_fastai tests tools -name __pycache__ -prune -exec rm -rf {} +

@@ -13,6 +13,8 @@ from radam_fastai.bench import callbacks, main as command, step, train
 from radam_fastai.recipes.optims import Optim
 from radam_fastai.rectify import rectification
 
+pytestmark = pytest.mark.slow
+
 HERE = [o for o in step.TIMED if o not in step.missing(step.TIMED)]
 RADAMS = [o for o in HERE if o not in ('fastai-adam', 'torch-adamw-fused')]
 

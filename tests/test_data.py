@@ -21,6 +21,8 @@ from radam_fastai.recipes.cli import RecipeError
 from radam_fastai.recipes.data import balanced, check_sum, digest, split_files, unpack
 from radam_fastai.recipes.records import read_records
 
+pytestmark = pytest.mark.slow
+
 def info(name, **kw):
     t = tarfile.TarInfo(name)
     for k,v in kw.items(): setattr(t, k, v)

@@ -15,7 +15,7 @@ from radam_fastai.recipes.cli import OptionError, RecipeError
 from radam_fastai.recipes.data import unpack
 from radam_fastai.recipes.records import read_records
 
-pytestmark = pytest.mark.usefixtures('tiny')
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('tiny')]
 
 def mount(path, *options):
     return shutil.which('mount') and not subprocess.run(['mount', *options, str(path)], capture_output=True).returncode

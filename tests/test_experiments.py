@@ -19,6 +19,8 @@ from radam_fastai.recipes.optims import optims
 from radam_fastai.recipes.records import append_record, read_records
 from radam_fastai.rectify import rho_inf
 
+pytestmark = pytest.mark.slow
+
 # Images in memory
 
 def rows(n=23): return torch.arange(n)[:,None]*torch.ones(n, 4),torch.arange(n)

@@ -10,6 +10,8 @@ from fastcore.script import anno_parser
 
 from helpers import FULL, tally
 
+pytestmark = pytest.mark.slow
+
 N = 600 if FULL else 40 # command lines of each kind for each command
 COMMANDS = {'demo':'recipes.demo', 'imagenette':'recipes.imagenette', 'experiment':'experiments.main', 'bench':'bench.main'}
 

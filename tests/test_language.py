@@ -28,6 +28,8 @@ from radam_fastai.recipes.checkpoint import SeedEpochs, start_at
 from radam_fastai.recipes.cli import OptionError
 from radam_fastai.recipes.jobs import Run, run_job
 
+pytestmark = pytest.mark.slow
+
 nets = dict(language=dict(emb_sz=8, n_hid=12, n_layers=2, drop_mult=.5, alpha=2., beta=1.),
             **{'adam-2k': dict(d_model=8, n_heads=2, n_layers=2, dropout=.1, norm_first=False)})
 makers = dict(language=awd_lstm_learner, **{'adam-2k': transformer_learner})

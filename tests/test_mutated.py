@@ -38,6 +38,8 @@ from radam_fastai.recipes.jobs import Run, begin, finish, plan_run, sitting
 from radam_fastai.recipes.records import RunRecorder
 from radam_fastai.torch_optim import RAdam as TorchRAdam, RAdamWrapper
 
+pytestmark = pytest.mark.slow
+
 # ---- states
 
 both = dict(betas=(.9,.99), weight_decay=.1)

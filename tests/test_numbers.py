@@ -16,6 +16,7 @@ from radam_fastai.optimizer import RAdam, Ranger
 from radam_fastai.rectify import rectification, rho, rho_inf
 from radam_fastai.torch_optim import RAdam as TorchRAdam, RAdamWrapper
 
+pytestmark = pytest.mark.slow
 f64,f32,bf16 = torch.float64,torch.float32,torch.bfloat16
 inf,nan = math.inf,math.nan
 

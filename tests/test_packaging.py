@@ -13,7 +13,7 @@ import radam_fastai
 
 tomllib = import_module('tomllib' if sys.version_info >= (3, 11) else 'tomli')
 
-pytestmark = pytest.mark.xdist_group('packaging')
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group('packaging')]
 root = Path(__file__).resolve().parent.parent
 
 def ini(name):

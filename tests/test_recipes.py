@@ -22,6 +22,8 @@ from radam_fastai.recipes.presets import COMMON, PRESETS, published, resolve
 from radam_fastai.recipes.records import read_records
 from radam_fastai.recipes.report import report, terminal_table
 
+pytestmark = pytest.mark.slow
+
 root = Path(__file__).resolve().parent.parent
 small = '--arch xresnet18 --size 32 --bs 16 --epochs 1 --workers 0'.split()
 

@@ -35,7 +35,7 @@ from radam_fastai.recipes.jobs import Run, run_job
 from radam_fastai.recipes.records import read_records
 from radam_fastai.torch_optim import RAdamWrapper
 
-pytestmark = pytest.mark.usefixtures('tiny')
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('tiny')]
 quick = dict(arch='xresnet18', size=32, bs=16, epochs=3, workers=0, preset='over9000-radam')
 
 def stopped_at(monkeypatch, batch):

@@ -23,6 +23,8 @@ from radam_fastai.recipes.report import compare, groups, mean_std, report, summa
 from radam_fastai.recorder import RectifierRecorder
 from radam_fastai.rectify import rectification
 
+pytestmark = pytest.mark.slow
+
 # The file of records
 
 def test_records_come_back(tmp_path):
