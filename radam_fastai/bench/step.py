@@ -172,8 +172,8 @@ def step_work(
         sync()
     events = [e for e in prof.events() if not e.is_user_annotation]
     kernels = [e for e in events if e.device_type == DeviceType.CUDA and e.name != '[memory]']
-    leaves = [e for e in events if e.name.startswith('aten::') and not any(c.name.startswith('aten::') for c in e.cpu_children)]
-    return dict(host_ms=host, device_ms=sum(e.time_range.elapsed_us() for e in kernels)/1e3, calls=len(kernels or leaves), extra_bytes=extra_bytes(prof))
+    called = [e for e in events if e.name.startswith('aten::') and not (e.cpu_parent and e.cpu_parent.name.startswith('aten::'))]
+    return dict(host_ms=host, device_ms=sum(e.time_range.elapsed_us() for e in kernels)/1e3, calls=len(kernels or called), extra_bytes=extra_bytes(prof))
 
 # %% ../../nbs/60_bench.step.ipynb #66b5977b
 def time_steps(
