@@ -81,7 +81,8 @@ class Adam(AdamBase):
         sgd_phase:str='momentum', # Without a factor: 'momentum' SGD or 'skip' (see `radam_step_`)
         maximize:bool=False, # Ascend instead of descend
     ):
-        super().__init__(params, rule, decouple_wd=decouple_wd, scale_wd=True, eps_debiased=eps_debiased, sgd_phase=sgd_phase, maximize=maximize,
+        super().__init__(params, rule, decouple_wd=decouple_wd, scale_wd=True, eps_debiased=eps_debiased, sgd_phase=sgd_phase,
+                         maximize=maximize,
                          lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, beta=beta)
 
 # %% ../nbs/03_baselines.ipynb #871ec0a1

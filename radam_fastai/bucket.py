@@ -35,7 +35,8 @@ def check_updatable(
         if g.dtype != p.dtype:
             raise TypeError(f"{what} is {p.dtype}, its gradient {g.dtype}: RAdam needs them alike, so leave `grad_dtype` as it is")
         if avg is not None and (avg.dtype != p.dtype or avg.shape != p.shape):
-            raise TypeError(f"{what} is {p.dtype} now, its averages are {avg.dtype} of shape {tuple(avg.shape)}: clear the state, or load it again to convert it")
+            raise TypeError(f"{what} is {p.dtype} now, its averages are {avg.dtype} of shape {tuple(avg.shape)}: clear the state, or load "
+                            f"it again to convert it")
 
 # %% ../nbs/20_bucket.ipynb #c0726c85
 class IntCounter:

@@ -69,12 +69,16 @@ def _from_torch(sd, decouple_wd, maximize):
         if lacks := {'params', 'lr', 'betas', 'eps', 'weight_decay'} - set(g):
             raise ValueError(f"group {i} of the checkpoint has no {', '.join(sorted(lacks))}: was it saved by Adam or RAdam?")
         _check_group(g, f'group {i} of the checkpoint')
-        if maximize is not None and g.get('maximize', False) != maximize: raise ValueError(f"group {i} of the checkpoint has maximize={not maximize}, this optimizer {maximize}")
-        if decouple_wd is not None and g.get('weight_decay') and g.get('decoupled_weight_decay', 'buffer' in g or decouple_wd) != decouple_wd: # only the authors' has a buffer, and it decouples
-            raise ValueError(f"group {i} of the checkpoint has decoupled_weight_decay={not decouple_wd}, this optimizer decouple_wd={decouple_wd}")
+        if maximize is not None and g.get('maximize', False) != maximize:
+            raise ValueError(f"group {i} of the checkpoint has maximize={not maximize}, this optimizer {maximize}")
+        decoupled = g.get('decoupled_weight_decay', 'buffer' in g or decouple_wd) # only the authors' has a buffer, and it decouples
+        if decouple_wd is not None and g.get('weight_decay') and decoupled != decouple_wd:
+            raise ValueError(f"group {i} of the checkpoint has decoupled_weight_decay={not decouple_wd}, this optimizer "
+                             f"decouple_wd={decouple_wd}")
     ids = [i for g in groups for i in g['params']]
     if len(set(ids)) < len(ids): raise ValueError("the groups of the checkpoint name a parameter twice")
-    if extra := set(state) - set(ids): raise ValueError(f"the checkpoint has a state for {', '.join(sorted(map(str, extra)))}, which none of its groups has")
+    if extra := set(state) - set(ids):
+        raise ValueError(f"the checkpoint has a state for {', '.join(sorted(map(str, extra)))}, which none of its groups has")
     for i in state: _check_names(state[i], _averages, f'state {i}')
     return dict(sizes=[len(g['params']) for g in groups],
                 state=[{_state_names.get(k, k): v for k,v in state.get(i, {}).items()} for i in ids],
@@ -83,7 +87,8 @@ def _from_torch(sd, decouple_wd, maximize):
 # %% ../nbs/21_checkpoint.ipynb #d1d6be96
 def _from_fastai(sd):
     "The same, once its lists are lists of dicts"
-    if extra := set(sd) - {'state', 'hypers', 'count', 'slow_weights'}: raise ValueError(f"the checkpoint has {', '.join(sorted(map(str, extra)))}, unknown here")
+    if extra := set(sd) - {'state', 'hypers', 'count', 'slow_weights'}:
+        raise ValueError(f"the checkpoint has {', '.join(sorted(map(str, extra)))}, unknown here")
     for k in ('state', 'hypers'):
         _expect(sd[k], (list, tuple, L), k)
         for i,o in enumerate(sd[k]): _expect(o, dict, f'{k} {i}')
@@ -99,7 +104,9 @@ def read_state(
     if not isinstance(sd, dict): raise ValueError(f"a state dict was expected, got {type(sd).__name__}")
     if {'state', 'param_groups'} <= set(sd): sd = _from_torch(sd, decouple_wd, maximize)
     elif {'state', 'hypers'} <= set(sd): sd = _from_fastai(sd)
-    else: raise ValueError(f"not the state of a fastai or PyTorch optimizer: it has {', '.join(map(str, sd)) or 'nothing'}, not state and hypers or param_groups")
+    else:
+        raise ValueError(f"not the state of a fastai or PyTorch optimizer: it has {', '.join(map(str, sd)) or 'nothing'}, not state and "
+                         f"hypers or param_groups")
     return {**sd, 'hypers': [plain_hypers(h, f'group {i} of the checkpoint: ') for i,h in enumerate(sd['hypers'])]}
 
 # %% ../nbs/21_checkpoint.ipynb #6348014c
@@ -111,17 +118,22 @@ def check_count(
     "Raise a `ValueError` that names the count unless `n` is a whole number of at least `least`"
     n = as_number(n)
     if isinstance(n, int) and abs(n) > 2**53: n = math.inf if n > 0 else -math.inf # it may be too long to print
-    if not isinstance(n, Real) or not least <= n <= 2**53 or n != int(n): raise ValueError(f"{name} must be a whole number of at least {least}, got {str(n)[:40] if isinstance(n, (Real, str)) else type(n).__name__}")
+    if not isinstance(n, Real) or not least <= n <= 2**53 or n != int(n):
+        raise ValueError(f"{name} must be a whole number of at least {least}, got "
+                         f"{str(n)[:40] if isinstance(n, (Real, str)) else type(n).__name__}")
 
 # %% ../nbs/21_checkpoint.ipynb #fd35e099
 flags = 'do_wd','force_train'
 
 def _check_numbers(t, p, what):
     "Raise a `ValueError` that names `what` unless the tensor `t` holds a finite number for each element of `p`"
-    if not isinstance(t, Tensor) or not t.is_floating_point(): raise ValueError(f"{what} must be a floating point tensor, got {type(t).__name__}")
+    if not isinstance(t, Tensor) or not t.is_floating_point():
+        raise ValueError(f"{what} must be a floating point tensor, got {type(t).__name__}")
     if t.shape != p.shape: raise ValueError(f"{what} in the checkpoint has shape {tuple(t.shape)}")
-    if t.layout != torch.strided or t.is_meta: raise ValueError(f"{what} must be a dense tensor with numbers in it, got {t.layout} on {t.device}")
-    if not t.detach().to(p.dtype).isfinite().all(): raise ValueError(f"{what} in the checkpoint has nan or inf (as {p.dtype}): load the model without it")
+    if t.layout != torch.strided or t.is_meta:
+        raise ValueError(f"{what} must be a dense tensor with numbers in it, got {t.layout} on {t.device}")
+    if not t.detach().to(p.dtype).isfinite().all():
+        raise ValueError(f"{what} in the checkpoint has nan or inf (as {p.dtype}): load the model without it")
 
 def _check_param_state(i, s, p):
     "Raise a `ValueError` that says why `s` cannot be the state of parameter `p`, the `i`-th"
@@ -131,7 +143,8 @@ def _check_param_state(i, s, p):
     if not (isinstance(waited := as_number(s.get('waited', 0)), Real) and waited == 0):
         raise ValueError(f"{at}: waited in its state, so Adam-2k saved it: only Adam2kFn can go on from there")
     if not set(s) & (_averages | {'step'}): return # it has never been updated
-    if lacks := (_averages | {'step'}) - set(s): raise ValueError(f"{at}: no {', '.join(sorted(lacks))} in its state: was it saved by Adam or RAdam?")
+    if lacks := (_averages | {'step'}) - set(s):
+        raise ValueError(f"{at}: no {', '.join(sorted(lacks))} in its state: was it saved by Adam or RAdam?")
     for k in sorted(_averages): _check_numbers(s[k], p, f'{at}: {k}')
     if (s['sqr_avg'].to(p.dtype) < 0).any(): raise ValueError(f"{at}: sqr_avg in the checkpoint has numbers below 0")
     check_count(s['step'], f"{at}: step")
@@ -144,8 +157,10 @@ def check_fit(
 ):
     "Raise a `ValueError` that names what differs unless `sd` can be the state of these parameters"
     sizes = [len(pg) for pg in param_lists]
-    if len(sd['hypers']) != len(sizes): raise ValueError(f"the checkpoint has {len(sd['hypers'])} parameter groups, this optimizer {len(sizes)}")
-    if sd.get('sizes', sizes) != sizes: raise ValueError(f"the groups of the checkpoint have {sd['sizes']} parameters, those of this optimizer {sizes}")
+    if len(sd['hypers']) != len(sizes):
+        raise ValueError(f"the checkpoint has {len(sd['hypers'])} parameter groups, this optimizer {len(sizes)}")
+    if sd.get('sizes', sizes) != sizes:
+        raise ValueError(f"the groups of the checkpoint have {sd['sizes']} parameters, those of this optimizer {sizes}")
     if len(sd['state']) != sum(sizes): raise ValueError(f"the checkpoint has {len(sd['state'])} parameters, this optimizer {sum(sizes)}")
     for i,(s,p) in enumerate(zip(sd['state'], (p for pg in param_lists for p in pg))): _check_param_state(i, s, p)
     for i,(new,old) in enumerate(zip(sd['hypers'], hypers)):
@@ -161,7 +176,8 @@ def check_slow_weights(
 ):
     "Raise a `ValueError` that says what is wrong unless `slow` can be the slow weights of these parameters"
     if slow is None: return
-    for o in (slow, *slow) if isinstance(slow, (list, tuple, L)) else (slow,): _expect(o, (list, tuple, L), 'slow_weights, and each group of it,')
+    for o in (slow, *slow) if isinstance(slow, (list, tuple, L)) else (slow,):
+        _expect(o, (list, tuple, L), 'slow_weights, and each group of it,')
     if [[getattr(o, 'shape', None) for o in pg] for pg in slow] != [[p.shape for p in pg] for pg in param_lists]:
         raise ValueError("the slow_weights of the checkpoint do not have the shapes of this optimizer's parameters")
     pairs = ((t, p) for a,b in zip(slow, param_lists) for t,p in zip(a, b))

@@ -39,7 +39,7 @@ def check_params(
     if not ps: raise ValueError("no parameters to optimize: `params` is empty (is the whole model frozen?)")
     for p in ps:
         if isinstance(p, Tensor): continue
-        hint = ": groups are lists of tensors here; for groups as dicts there is radam_fastai.torch_optim.RAdam" if isinstance(p, dict) else ""
+        hint = ": groups are lists of tensors here; groups as dicts are for radam_fastai.torch_optim.RAdam"*isinstance(p, dict)
         raise TypeError(f"`params` must be tensors or lists of tensors, got {type(p).__name__}{hint}")
     if len(set(map(id, ps))) < len(ps): raise ValueError("a parameter appears more than once in `params`: it would be updated twice a step")
     return params
@@ -54,7 +54,8 @@ def fastai_names(
     @wraps(init)
     def _init(self, *args, **kwargs):
         if theirs := [k for k in kwargs if k in _fastai_name]:
-            raise TypeError(f"{type(self).__name__} has fastai's names: for {', '.join(theirs)} use {', '.join(_fastai_name[k] for k in theirs)}")
+            raise TypeError(f"{type(self).__name__} has fastai's names: for {', '.join(theirs)} use "
+                            f"{', '.join(_fastai_name[k] for k in theirs)}")
         init(self, *args, **kwargs)
     return _init
 
@@ -63,7 +64,7 @@ class AdamBase(Optimizer):
     "Adam with a factor on its learning rate that a `rule` gives for every step"
     def __init__(self,
         params:Tensor|Iterable, # Model parameters, or lists of them (one per group)
-        rule:Callable, # Factor on the learning rate at (step, sqr_mom), above 0, or `None`; a named function, or `Learner.export` cannot save it
+        rule:Callable, # Factor on the learning rate at (step, sqr_mom), above 0, or `None`; `Learner.export` needs a named function
         *,
         decouple_wd:bool=True, # Apply true weight decay or L2 regularization
         scale_wd:bool=False, # Does the factor scale true weight decay, too?
@@ -74,7 +75,8 @@ class AdamBase(Optimizer):
     ):
         check_settings(rule, sgd_phase)
         super().__init__(check_params(params), [], **hypers)
-        self.settings = dict(rule=rule, decouple_wd=decouple_wd, scale_wd=scale_wd, eps_debiased=eps_debiased, sgd_phase=sgd_phase, maximize=maximize)
+        self.settings = dict(rule=rule, decouple_wd=decouple_wd, scale_wd=scale_wd, eps_debiased=eps_debiased, sgd_phase=sgd_phase,
+                             maximize=maximize)
         self._buckets = Buckets(fastai_keys)
         self._checked_hypers()
 
@@ -98,8 +100,8 @@ class RAdam(AdamBase):
         maximize:bool=False, # Ascend instead of descend
     ):
         check_threshold(threshold)
-        super().__init__(params, partial(rectification, threshold=threshold), decouple_wd=decouple_wd, eps_debiased=eps_debiased, sgd_phase=sgd_phase,
-                         maximize=maximize, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, beta=beta)
+        super().__init__(params, partial(rectification, threshold=threshold), decouple_wd=decouple_wd, eps_debiased=eps_debiased,
+                         sgd_phase=sgd_phase,                          maximize=maximize, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, beta=beta)
 
 # %% ../nbs/02_optimizer.ipynb #731e6278
 @patch
@@ -161,7 +163,8 @@ def load_state_dict(self:AdamBase,
 ):
     "Copy the state in `sd`, or raise a `ValueError` that names what does not fit, with nothing changed"
     sd = self._read(sd)
-    if also := {'slow_weights', 'count'} & set(sd): raise ValueError(f"this is the state of a Lookahead optimizer (it has {', '.join(sorted(also))}): load it into Ranger")
+    if also := {'slow_weights', 'count'} & set(sd):
+        raise ValueError(f"this is the state of a Lookahead optimizer (it has {', '.join(sorted(also))}): load it into Ranger")
     ps = [p for pg in self.param_lists for p in pg]
     self._buckets.forget()
     self.state = defaultdict(dict, {p: self._copy_state(p, s) for p,s in zip(ps, sd['state'])})
@@ -209,7 +212,8 @@ def step(self:Ranger, closure=None):
         raise
     self.count += 1
     if self.count % self.k: return
-    self.slow_weights = [[s.to(p.device) for s,p in zip(a, b)] for a,b in zip(self.slow_weights, self.param_lists)] # the model may have moved
+    # the model may have moved
+    self.slow_weights = [[s.to(p.device) for s,p in zip(a, b)] for a,b in zip(self.slow_weights, self.param_lists)]
     pairs = zip(chain(*self.slow_weights), chain(*self.param_lists))
     if not (pairs := [(s, p.detach()) for s,p in pairs if p.requires_grad or p.grad is not None]): return
     slow,fast = map(list, zip(*pairs))

@@ -100,8 +100,11 @@ def _readable(opt, state_dict):
     "`state_dict` in torch's layout, once it is known to fit `opt`"
     sd = read_state(state_dict)
     check_fit(sd, [g['params'] for g in opt.param_groups], [{**_hypers(g), 'beta': 0.} for g in opt.param_groups])
-    if also := {'slow_weights', 'count'} & set(sd): raise ValueError(f"this is the state of a Lookahead optimizer (it has {', '.join(sorted(also))}): load it into radam_fastai.optimizer.Ranger")
-    if any(h.get('beta') for h in sd['hypers']): raise ValueError("this state is of a RAdam with a softplus denominator (beta), which torch's does not have")
+    if also := {'slow_weights', 'count'} & set(sd):
+        raise ValueError(f"this is the state of a Lookahead optimizer (it has {', '.join(sorted(also))}): load it into "
+                         f"radam_fastai.optimizer.Ranger")
+    if any(h.get('beta') for h in sd['hypers']):
+        raise ValueError("this state is of a RAdam with a softplus denominator (beta), which torch's does not have")
     return _to_torch(sd, opt.param_groups) if 'hypers' in state_dict else state_dict
 
 @patch
@@ -143,9 +146,12 @@ class RAdamWrapper(OptimWrapper):
         **kwargs # Arguments of `RAdam`, under torch's names; `lr` may be a slice, as fastai's
     ):
         if opt is not None and not isinstance(opt, RAdam):
-            raise TypeError(f"RAdamWrapper wraps radam_fastai.torch_optim.RAdam (another optimizer would not know `do_wd`), got {type(opt).__name__}")
-        if opt is None and not (params := L(params)): raise ValueError("no parameters to optimize: `params` is empty (is the whole model frozen?)")
-        if opt is not None and kwargs: raise TypeError(f"RAdamWrapper got a built `opt`, so {', '.join(kwargs)} would have no effect: set them in `opt`")
+            raise TypeError(f"RAdamWrapper wraps radam_fastai.torch_optim.RAdam (another optimizer would not know `do_wd`), got "
+                            f"{type(opt).__name__}")
+        if opt is None and not (params := L(params)):
+            raise ValueError("no parameters to optimize: `params` is empty (is the whole model frozen?)")
+        if opt is not None and kwargs:
+            raise TypeError(f"RAdamWrapper got a built `opt`, so {', '.join(kwargs)} would have no effect: set them in `opt`")
         lr = kwargs.get('lr')
         if isinstance(lr, slice): kwargs['lr'] = lr.stop
         super().__init__(params, RAdam if opt is None else opt, **kwargs)
@@ -163,7 +169,8 @@ class RAdamWrapper(OptimWrapper):
         return [_GroupHypers(h, g, self.bwd_map) for h,g in zip(numbers, self.opt.param_groups)]
 
     def _set_hyper(self, k, v):
-        super()._set_hyper(k, [float(o) if isinstance(o, np.floating) else o for o in v]) # a schedule's, which would not load under `weights_only`
+        # a schedule's, which would not load under `weights_only`
+        super()._set_hyper(k, [float(o) if isinstance(o, np.floating) else o for o in v])
 
     def clear_state(self):
         "Forget averages and step counts, but not fastai's flags"
