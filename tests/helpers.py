@@ -23,6 +23,7 @@ from fastai.basics import Callback, CancelStepException, DataLoaders, L, Learner
 from fastai.callback.all import ProgressCallback
 from torch import nn
 
+from radam_fastai.functional import radam_reference
 from radam_fastai.optimizer import RAdam, Ranger
 from radam_fastai.recipes import demo
 from radam_fastai.recipes.checkpoint import load_checkpoint
@@ -56,19 +57,16 @@ def plain_step(p, g, state, *, lr, mom, sqr_mom, eps, wd=0., beta=0., decouple_w
                sgd_phase='momentum', maximize=False):
     "The new value of `p` after one update with gradient `g`; `state` (m, v, t) moves along"
     if maximize: g = -g
-    if not decouple_wd: g = g + wd*p
+    if not decouple_wd: g,wd = g + wd*p,0.
     m,v,t = state.get('m', torch.zeros_like(p)),state.get('v', torch.zeros_like(p)),state.get('t', 0)+1
-    m = mom*m + (1-mom)*g
-    v = sqr_mom*v + (1-sqr_mom)*g*g
+    bias,r = math.sqrt(1-sqr_mom**t),plain_rect(t, sqr_mom, threshold)
+    if not eps_debiased: eps = eps/bias
+    new,m,v = radam_reference(p, g, m, v, t, lr, mom, sqr_mom, eps, wd, threshold)
     state.update(m=m, v=v, t=t)
-    r,m_hat = plain_rect(t, sqr_mom, threshold),m/(1-mom**t)
-    if r is None and sgd_phase == 'skip': return p
-    if decouple_wd: p = p - lr*wd*p
-    if r is None: return p - lr*m_hat
-    bias = math.sqrt(1-sqr_mom**t)
-    denom = v.sqrt()/bias + eps if eps_debiased else (v.sqrt()+eps)/bias
-    if beta: denom = torch.logaddexp(torch.zeros_like(denom), denom*beta)/beta # softplus
-    return p - lr*r*m_hat/denom
+    if r is None: return p if sgd_phase == 'skip' else new
+    if not beta: return new
+    softplus = torch.logaddexp(torch.zeros_like(p), (v.sqrt()/bias + eps)*beta)/beta
+    return p - lr*wd*p - lr*r*m/(1-mom**t)/softplus
 
 def plain_adam(p, g, s, *, lr, mom, sqr_mom, eps, wd=0., factor=lambda t: 1., n=0, own_count=True,
                decouple_wd=True, eps_debiased=True, beta=0., maximize=False):

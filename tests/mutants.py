@@ -71,7 +71,7 @@ mutants = { # name: (module, what is there, what stands there instead)
     'a count set in place unnoticed': ('bucket', 'if not self.counter.intact() or {', 'if {'),
     'decay not warmed up':           ('baselines', 'scale_wd=True', 'scale_wd=False'),
     'decay warmed up in one path':   ('functional', '1-lr*wd_mult*wd', '1-lr*wd'),
-    'waiting moves the first moment': ('baselines', "'mom': 1.}", '}'),
+    'waiting moves the first moment': ('baselines', 'bucket.grad_avgs = kept', 'for o,new in zip(kept, bucket.grad_avgs): o.copy_(new)\n        bucket.grad_avgs = kept'),
     'waiting decays':                ('baselines', "'sgd_phase': 'skip', 'scale_wd'", "'sgd_phase': 'momentum', 'scale_wd'"),
     'one count for both moments':    ('baselines', "unbias = (1", 'unbias = 1. or (1'),
     'decay debiased, too':           ('baselines', "'scale_wd': False}", "'scale_wd': True}"),

@@ -69,6 +69,8 @@ PAIRS = {f'{name} into {getattr(t, "func", t).__module__.split(".")[-1]} {i}': (
 @lru_cache(maxsize=None)
 def valid(make): return make()
 
+ADAMS = 'lr','mom','sqr_mom','eps','wd','beta'
+
 def says(sd):
     "Step count and averages of each parameter (`None` without), and hyper-parameters of each group, as they stand in `sd`"
     if 'param_groups' in sd:
@@ -77,8 +79,8 @@ def says(sd):
                   for g in sd['param_groups']]
     else: states,hypers = sd['state'],sd['hypers']
     m,v = ('exp_avg', 'exp_avg_sq') if 'param_groups' in sd else ('grad_avg', 'sqr_avg')
-    return [(int(s['step']), s[m].detach().double(), s[v].detach().double()) if m in s else None
-            for s in states], [{k: float(x) for k,x in h.items()} for h in hypers], states
+    hypers = [{k: float(h[k]) for k in ADAMS if k in h} for h in hypers] # what else there is belongs to the user
+    return [(int(s['step']), s[m].detach().double(), s[v].detach().double()) if m in s else None for s in states], hypers, states
 
 def rules(opt, sd):
     "The settings under which each group goes on"

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from helpers import compare, drive, params, plain, plain_step
-from radam_fastai.functional import radam_step_
+from radam_fastai.functional import radam_reference, radam_step_
 from radam_fastai.optimizer import RAdam, Ranger, reference_settings
 from radam_fastai.torch_optim import RAdam as TorchRAdam
 
@@ -30,6 +30,18 @@ def test_oracle(name, fused):
         radam_step_([p], [torch.tensor([float(row['grad'])], dtype=torch.float64)], [m], [v], int(row['step']), fused=fused, **hypers)
         for got,key in ((p, 'param'), (m, 'grad_avg'), (v, 'sqr_avg')):
             assert got.item() == pytest.approx(float(row[key]), rel=1e-12, abs=1e-18), key
+
+@pytest.mark.parametrize('name', ['fastai', 'paper'])
+def test_the_algorithm_is_the_oracles(name):
+    "As it is written down, and with the paper's defaults"
+    first = settings[name][0]
+    hypers = {k: float(first[k]) for k in ('lr', 'mom', 'sqr_mom', 'eps', 'wd', 'threshold')}
+    assert (first['decouple_wd'], first['eps_debiased'], first['sgd_phase']) == ('True', 'True', 'momentum')
+    if name == 'paper': hypers = {k: hypers[k] for k in ('lr', 'wd')}
+    p,m,v = (torch.full((1,), x, dtype=torch.float64) for x in (.5, 0., 0.))
+    for row in settings[name]:
+        p,m,v = radam_reference(p, torch.tensor([float(row['grad'])], dtype=torch.float64), m, v, int(row['step']), **hypers)
+        for got,key in ((p, 'param'), (m, 'grad_avg'), (v, 'sqr_avg')): assert got.item() == pytest.approx(float(row[key]), rel=1e-9, abs=1e-18), key
 
 @pytest.mark.parametrize('name', ['fastai', 'torch', 'author', 'paper'])
 def test_reference_settings_are_the_oracles(name):
