@@ -1,8 +1,6 @@
 """What every test shares: no display, one seed, and the folder of optional data archives."""
 import os
 import random
-import runpy
-import sys
 from pathlib import Path
 
 os.environ.setdefault('MPLBACKEND', 'Agg')
@@ -12,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers import summary, tally
+from helpers import run_command, summary, tally
 
 torch.set_num_threads(1) # the tensors here are small: a second thread only waits for the first
 
@@ -42,16 +40,11 @@ def data_path():
     if not path.is_dir(): pytest.skip('set RADAM_DATA to a folder of data archives to run this')
     return path
 
-MODULES = dict(demo='recipes.demo', imagenette='recipes.imagenette', experiment='experiments.main', bench='bench.main') # of the commands
-
 @pytest.fixture
 def cli(monkeypatch, capsys, tmp_path):
     "Run a recipe as its console script does, in this process: exit status, what went to stdout and to stderr"
     def _cli(name, *args):
-        script = tmp_path/f'radam-{name}'
-        script.write_text(f'import sys\nfrom radam_fastai.{MODULES[name]} import main\nsys.exit(main())')
-        monkeypatch.setattr(sys, 'argv', [str(script), *map(str, args)])
-        with pytest.raises(SystemExit) as e: runpy.run_path(str(script), run_name='__main__')
+        with pytest.raises(SystemExit) as e: run_command(name, args, monkeypatch, tmp_path)
         return e.value.code or 0, *capsys.readouterr()
     return _cli
 

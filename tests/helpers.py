@@ -4,6 +4,7 @@ import io
 import math
 import os
 import pickle
+import runpy
 import struct
 import sys
 import tarfile
@@ -378,7 +379,16 @@ def unchanged_by_a_failing_fit(learn, error, match):
     with pytest.raises(error, match=match): learn.fit(1, .01)
     assert all(map(torch.equal, before, learn.model.parameters())) and not len(learn.rectifier.to_frame())
 
-# ---- jobs, processes and files
+# ---- commands, jobs, processes and files
+
+MODULES = dict(demo='recipes.demo', imagenette='recipes.imagenette', experiment='experiments.main', bench='bench.main') # of the commands
+
+def run_command(name, args, monkeypatch, tmp_path):
+    "Run a command as its console script does, in this process"
+    script = tmp_path/f'radam-{name}'
+    script.write_text(f'import sys\nfrom radam_fastai.{MODULES[name]} import main\nsys.exit(main())')
+    monkeypatch.setattr(sys, 'argv', [str(script), *map(str, args)])
+    runpy.run_path(str(script), run_name='__main__')
 
 TIMES = 'secs','train_secs','began','sittings'
 

@@ -1,18 +1,15 @@
-"""What may differ on a GPU. Each test runs on the CPU, too, as far as that makes sense, so that it is known to work before it meets a GPU."""
-import copy
-from contextlib import contextmanager, nullcontext
+"""What may differ on a GPU. Where it makes sense, a test runs on the CPU, too, so that it works before it meets a GPU."""
 from functools import partial
 
-import fastai.optimizer as fo, pytest, torch
-from fastai.callback.channelslast import ChannelsLast
-from fastai.test_utils import synth_learner
+import fastai.optimizer as fo
+import pytest
+import torch
 from torch import nn
 
-from radam_fastai.baselines import Adam, AdamLinearFn, SGD
+from helpers import rel_err
+from radam_fastai.baselines import SGD, Adam
 from radam_fastai.optimizer import RAdam, Ranger
-from radam_fastai.recorder import RectifierRecorder
 from radam_fastai.torch_optim import RAdam as TorchRAdam, RAdamWrapper
-from reference import plain_step, rel_err
 
 on_gpu = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')]
 gpu_only = lambda f: on_gpu[0](on_gpu[1](f))
@@ -52,5 +49,6 @@ PAIRS = {
     'Ranger, fastai': (partial(Ranger, **FASTAI), partial(fo.ranger, **FASTAI)),
     'Adam, fastai':   (partial(Adam, **FASTAI), partial(fo.Adam, **FASTAI)),
     'SGD, fastai':    (partial(SGD, lr=.01, mom=.9, wd=.01), None),
-    'RAdam, torch':   (partial(TorchRAdam, **TORCH, decoupled_weight_decay=True), partial(torch.optim.RAdam, **TORCH, decoupled_weight_decay=True)),
+    'RAdam, torch':   (partial(TorchRAdam, **TORCH, decoupled_weight_decay=True),
+                       partial(torch.optim.RAdam, **TORCH, decoupled_weight_decay=True)),
     'wrapper, torch': (partial(RAdamWrapper, lr=.01, mom=.9, sqr_mom=.99, eps=1e-5, wd=.01), partial(fo.RAdam, **FASTAI))}

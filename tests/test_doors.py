@@ -3,7 +3,10 @@ import pickle
 
 import pytest
 
-import radam_fastai.advisor, radam_fastai.all, radam_fastai.baselines, radam_fastai.callback
+import radam_fastai.advisor
+import radam_fastai.all
+import radam_fastai.baselines
+import radam_fastai.callback
 
 CALLBACKS = 'RectifierRecorder LogTo KeepGoing GradientHistogram AdaptiveLRVariance StopOnNonFinite'.split()
 BASELINES = 'no_warmup linear_warmup after never Adam SGD AdamWarmupFn Adam2kFn'.split()
@@ -27,5 +30,6 @@ def test_callbacks_come_from_one_module(module):
 def test_former_callbacks_are_the_new_ones():
     for name,now in (('LogTo', 'LogRectifier'), ('KeepGoing', 'FailSafe')):
         former,cls = getattr(radam_fastai.callback, name),getattr(radam_fastai.callback, now)
-        with pytest.warns(DeprecationWarning, match=f'{name} is called {now} now'): cb = former(radam_fastai.all.WarmupAdvisor() if now == 'FailSafe' else print)
+        arg = radam_fastai.all.WarmupAdvisor() if now == 'FailSafe' else print
+        with pytest.warns(DeprecationWarning, match=f'{name} is called {now} now'): cb = former(arg)
         assert isinstance(cb, cls) and isinstance(pickle.loads(pickle.dumps(cb)), cls)

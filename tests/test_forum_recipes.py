@@ -1,9 +1,12 @@
 "The recipes of nbs/tutorials/forum_recipes.ipynb, its cells run as they are and with the optimizers that they stand instead of"
-import json, warnings
+import json
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
-import fastai.optimizer as fo, pytest, torch
+import fastai.optimizer as fo
+import pytest
+import torch
 from fastai.basics import defaults, set_seed
 
 page = Path(__file__).resolve().parent.parent/'nbs/tutorials/forum_recipes.ipynb'

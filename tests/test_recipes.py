@@ -13,7 +13,7 @@ import torch
 from fastai.layers import AvgPool
 from PIL import Image
 
-from conftest import MODULES
+from helpers import MODULES
 from radam_fastai import __version__
 from radam_fastai.experiments import main as experiment
 from radam_fastai.recipes import demo, imagenette, jobs, precision
