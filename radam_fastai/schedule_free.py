@@ -98,7 +98,8 @@ def step(self:RAdamScheduleFree, closure=None):
     "Update every parameter that has a gradient"
     groups = self.opt.param_groups
     if not groups[0]['train_mode']:
-        raise RuntimeError("RAdamScheduleFree must be told when training begins and ends, which its callback does: Learner(..., cbs=ScheduleFree())")
+        raise RuntimeError("RAdamScheduleFree must be told when training begins and ends, which its callback does: "
+                           "Learner(..., cbs=ScheduleFree())")
     for g in groups: _check(g)
     self.train() # β1 may have changed
     halves = [self._halves(g) for g in groups]
@@ -117,11 +118,13 @@ def _check_state(sd, opt):
     sizes = [[len(g['params']) for g in gs] for gs in (groups, ours)]
     if sizes[0] != sizes[1]: raise ValueError(f"the groups of the checkpoint have {sizes[0]} parameters, this optimizer's {sizes[1]}")
     if lacks := set(ours[0]) - set.intersection(*map(set, groups)):
-        raise ValueError(f"the groups of the checkpoint have no {', '.join(sorted(lacks))}: was it saved by schedulefree's RAdamScheduleFree?")
+        raise ValueError(f"the groups of the checkpoint have no {', '.join(sorted(lacks))}: "
+                         "was it saved by schedulefree's RAdamScheduleFree?")
     for i,p in zip(chain(*(g['params'] for g in groups)), chain(*(g['params'] for g in ours))):
         for k in ('z', 'exp_avg_sq'):
             t = sd['state'].get(i, {}).get(k)
-            if t is not None and t.shape != p.shape: raise ValueError(f"{k} of parameter {i} has shape {tuple(t.shape)}, the parameter {tuple(p.shape)}")
+            if t is not None and t.shape != p.shape:
+                raise ValueError(f"{k} of parameter {i} has shape {tuple(t.shape)}, the parameter {tuple(p.shape)}")
 
 @patch
 def state_dict(self:RAdamScheduleFree) -> dict:
@@ -192,8 +195,8 @@ class ScheduleFree(_Calibrating):
 
     def before_fit(self):
         if self.opt is not None and not isinstance(self.opt, RAdamScheduleFree):
-            raise TypeError(f"ScheduleFree is the callback of RAdamScheduleFree, and this Learner's optimizer is {type(self.opt).__name__}: "
-                            "use opt_func=RAdamScheduleFreeFn")
+            raise TypeError("ScheduleFree is the callback of RAdamScheduleFree, and this Learner's optimizer is "
+                            f"{type(self.opt).__name__}: use opt_func=RAdamScheduleFreeFn")
         self.run = self.opt is not None # an exported `Learner` has none
 
     def before_epoch(self): self.learn._do_epoch_train = self._train_epoch

@@ -611,8 +611,8 @@ def test_log_to_refuses_what_is_no_logger():
 
 def lines_for_trackers():
     "The lines that the notebook shows, by tracker"
-    cells = json.loads((Path(__file__).parents[1]/'nbs'/'10_recorder.ipynb').read_text())['cells']
-    text = next(t for t in (''.join(c['source']) for c in cells) if t.startswith('```python\nLogTo('))
+    cells = json.loads((Path(__file__).parents[1]/'nbs'/'11_loggers.ipynb').read_text())['cells']
+    text = next(t for t in (''.join(c['source']) for c in cells) if t.startswith('```python\nLogRectifier('))
     return {name: code for code,name in re.findall(r'^(LogRectifier.*?)  +# (.*)$', text, re.M)}
 
 def stand_ins(learn):
@@ -720,7 +720,7 @@ def unchanged_by_a_failing_fit(learn, error, match):
 @pytest.mark.parametrize('make, error, match', [
     (lambda p: p.mkdir(), IsADirectoryError, 'cannot write the rectifier.*r.csv: Is a directory'),
     (lambda p: p.parent.joinpath('sub').write_text(''), OSError, 'cannot write the rectifier'),
-    (lambda p: p.write_text('a,b\n1,2\n'), ValueError, "r.csv is there and holds something else than a rectifier's rows: choose another file")])
+    (lambda p: p.write_text('a,b\n1,2\n'), ValueError, "r.csv exists and holds something other than a rectifier's rows: choose another file")])
 def test_a_file_that_cannot_be_used_is_an_error_before_the_first_batch(tmp_path, make, error, match):
     make(tmp_path/'r.csv')
     was = (tmp_path/'r.csv').read_text() if (tmp_path/'r.csv').is_file() else None
@@ -732,10 +732,10 @@ def test_a_file_that_cannot_be_used_is_an_error_before_the_first_batch(tmp_path,
 def test_a_full_disk_costs_no_rows(tmp_path, monkeypatch):
     "Writing fails for a while: one warning, and all rows are in the file when it works again"
     whole,calls = callback.append_whole,[]
-    def full(path, data):
+    def full(path, data, **kw):
         calls.append(data)
         if 3 < len(calls) < 9: raise OSError(errno.ENOSPC, 'No space left on device')
-        whole(path, data)
+        whole(path, data, **kw)
     monkeypatch.setattr(callback, 'append_whole', full)
     learn = get_learner(RAdam, path=tmp_path)
     learn.rectifier.csv = 'r.csv'
@@ -746,12 +746,12 @@ def test_a_full_disk_costs_no_rows(tmp_path, monkeypatch):
 PARTIAL = '''
 import errno, resource, sys
 from pathlib import Path
-from radam_fastai.recorder import append_whole
+from radam_fastai.files import append_whole
 path = Path(sys.argv[1])
 append_whole(path, b'first\\n')
 resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))
 try: append_whole(path, b'second, too long\\n')
-except OSError as e: print(e.errno == errno.ENOSPC)
+except OSError as e: print(e.errno == errno.EFBIG)
 '''
 
 def test_what_does_not_fit_is_not_written_at_all(tmp_path):
@@ -823,7 +823,7 @@ def test_finder_leaves_everything_as_found(name):
     for a,b in zip(state, state2): assert a.keys() == b.keys() and all(torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k])) for k in a)
     pd.testing.assert_frame_equal(rows, learn.rectifier.to_frame())
     assert recorded == {k: list(getattr(learn.recorder, k)) for k in recorded}
-    assert not [cb for cb in learn.cbs if type(cb).__name__ == '_TakenLR']
+    assert not [cb for cb in learn.cbs if type(cb).__name__ == '_EffectiveLR']
 
 def test_finder_on_a_fresh_learner_leaves_no_optimizer():
     learn,again = get_learner(RAdam),get_learner(RAdam)

@@ -151,7 +151,7 @@ def test_a_disk_that_is_full(tmp_path, monkeypatch):
     def full(*a, **kw): raise OSError(28, 'No space left on device')
     monkeypatch.setattr(torch, 'save', full)
     learn,guard,said = guarded(tmp_path, 'RAdam', BAD['nan loss'][0](7))
-    assert 'in memory alone' in said[0] and 'No space left' in said[0] and 'good.pth' in said[0]
+    assert 'in memory only' in said[0] and 'No space left' in said[0] and 'good.pth' in said[0]
     assert identical(held(learn), held(undisturbed(tmp_path, 'RAdam', 7))) and (tmp_path/'models'/'good.pth').read_bytes() == b'before'
     assert os.listdir(tmp_path/'models') == ['good.pth']
 
@@ -382,7 +382,7 @@ REFUSED = {
     'an average':         (alter(lambda sd: sd['opt']['state'][0].update(sqr_avg=torch.ones(1))), r'parameter 0.*sqr_avg'),
     'nan in an average':  (alter(lambda sd: sd['opt']['state'][0]['grad_avg'].fill_(math.nan)), r'parameter 0.*grad_avg in the checkpoint has nan or inf'),
     'a weight missing':   (alter(lambda sd: sd['model'].pop('0.0.weight')), 'the file has no 0.0.weight'),
-    'a weight more':      (alter(lambda sd: sd['model'].update(x=torch.ones(1))), 'the file has x, which the model has not'),
+    'a weight more':      (alter(lambda sd: sd['model'].update(x=torch.ones(1))), 'the file has x, which the model does not have'),
     'a shape':            (alter(lambda sd: sd['model'].update({'1.1.bias': torch.ones(3)})), r'1.1.bias has shape \(3,\) in the file, \(2,\) in the model'),
     'integers':           (alter(lambda sd: sd['model'].update({'1.1.bias': torch.ones(2).long()})), '1.1.bias is torch.int64 in the file, torch.float32'),
     'too large':          (alter(lambda sd: sd['model'].update({'1.1.bias': torch.tensor([1., 1e300], dtype=torch.float64)})), r'1.1.bias has nan or inf in the file \(as torch.float32\)'),
