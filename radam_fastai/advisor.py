@@ -91,7 +91,8 @@ def _advice(how, sqr_mom, rect, schedule, start):
         least = "no adaptive update takes the whole of the learning rate that you set" if last else "every update is momentum SGD's"
         yield f"r_t is still {last:.2f} when the run ends: {least}. Use {change}a longer run."
     if peak and schedule[0] < FULL and not rect[0] > FULL:
-        yield (f"The schedule warms up over {peak:,} updates while the rectifier does: together they leave {np.nan_to_num(schedule*rect)[:peak].mean():.2f} "
+        share = np.nan_to_num(schedule*rect)[:peak].mean()
+        yield (f"The schedule warms up over {peak:,} updates while the rectifier does: together they leave {share:.2f} "
                "of the highest learning rate until then, on average. fit_flat_cos leaves the warm-up to the rectifier.")
 
 # %% ../nbs/13_advisor.ipynb #84ded492
@@ -148,7 +149,8 @@ class WarmupAdvisor(Callback):
         if find_rectifier(self.opt): print(warmup_report(self.opt, self._n_steps(), self._schedule(), updates_made(self.opt)))
         else: print(f"WarmupAdvisor: {no_rectifier(self.opt)}, nothing to advise")
 
-    def _schedule(self): return next((cb.scheds['lr'] for cb in self.learn.cbs if isinstance(cb, ParamScheduler) and 'lr' in cb.scheds), None)
+    def _schedule(self):
+        return next((cb.scheds['lr'] for cb in self.learn.cbs if isinstance(cb, ParamScheduler) and 'lr' in cb.scheds), None)
 
     def _n_steps(self):
         "Batches of the fit, or as many as gradients are accumulated over"

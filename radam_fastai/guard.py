@@ -148,7 +148,9 @@ class _Saver(_Undo):
     def _save(self):
         "Save what is sound: the outcome, as a sentence"
         bad = next((n for n,p in get_model(self.model).named_parameters() if not p.isfinite().all()), None)
-        if bad: return f"But {bad} is not finite either: the update before broke it (is eps 0, or the learning rate far too high?). Nothing is saved"
+        if bad:
+            return (f"But {bad} is not finite either: the update before broke it (is eps 0, or the learning rate far too high?). "
+                    "Nothing is saved")
         good = "Model and optimizer are as the last good update left them"
         if self.file is None: return good
         try:
@@ -161,7 +163,7 @@ class _Saver(_Undo):
 
 # %% ../nbs/15_guard.ipynb #7552598c
 class StopOnNonFinite(_Saver):
-    "End the fit before an update whose loss or gradients are not finite; model and optimizer stay as the last good update left them, and are saved"
+    "End the fit before an update whose loss or gradients are not finite; keep and save model and optimizer as the last good update left them"
     def __init__(self,
         path:str|Path=None, # File for model and optimizer, named as for `Learner.save`; `None`: none is written
         max_skips:int=25, # How many updates in a row a gradient scaler may skip, from 1
@@ -234,13 +236,15 @@ def check_model(
     _expect(sd, dict, 'the state of the model')
     own,weights = model.state_dict(),{n for n,_ in model.named_parameters(remove_duplicate=False)}
     if lacks := own.keys() - sd.keys(): raise ValueError(f"the file has no {', '.join(sorted(lacks))}, which the model has")
-    if extra := sd.keys() - own.keys(): raise ValueError(f"the file has {', '.join(sorted(map(str, extra)))}, which the model does not have")
+    if extra := sd.keys() - own.keys():
+        raise ValueError(f"the file has {', '.join(sorted(map(str, extra)))}, which the model does not have")
     for k,mine in own.items():
         t = sd[k]
         if not isinstance(mine, Tensor): continue # extra state, which its module reads
         if not isinstance(t, Tensor): raise ValueError(f"{k} must be a tensor, got {type(t).__name__}")
         if t.shape != mine.shape: raise ValueError(f"{k} has shape {tuple(t.shape)} in the file, {tuple(mine.shape)} in the model")
-        if t.layout != mine.layout or t.is_meta: raise ValueError(f"{k} must hold numbers as the model's does, got {t.layout} on {t.device}")
+        if t.layout != mine.layout or t.is_meta:
+            raise ValueError(f"{k} must hold numbers as the model's does, got {t.layout} on {t.device}")
         if (t.is_floating_point(), t.is_complex()) != (mine.is_floating_point(), mine.is_complex()):
             raise ValueError(f"{k} is {t.dtype} in the file, {mine.dtype} in the model")
         if t.is_floating_point() and (~t.to(mine.dtype).isfinite() if k in weights else t.isnan()).any():
@@ -248,7 +252,7 @@ def check_model(
 
 # %% ../nbs/15_guard.ipynb #7317a5d3
 def _for_fastai(opt, sd):
-    "`sd`, checked if `opt` is fastai's Adam, RAdam or ranger, its averages in the parameters' dtypes; a `ValueError` names what does not fit"
+    "`sd` in the parameters' dtypes if `opt` is fastai's Adam, RAdam or ranger; a `ValueError` names what does not fit"
     if type(opt) not in (Optimizer, Lookahead) or not set(_required) <= set(opt.hypers[0]) <= {*_required, 'beta'}: return sd
     own = read_state(sd)
     check_fit(own, opt.param_lists, opt.hypers)
@@ -259,7 +263,8 @@ def _for_fastai(opt, sd):
         check_count(sd.get('count'), 'count')
         check_slow_weights(sd['slow_weights'], opt.param_lists)
     ps = (p for pg in opt.param_lists for p in pg)
-    return {**sd, 'hypers': own['hypers'], 'state': [{k: v.to(p.dtype) if k in _averages else v for k,v in s.items()} for s,p in zip(sd['state'], ps)]}
+    state = [{k: v.to(p.dtype) if k in _averages else v for k,v in s.items()} for s,p in zip(sd['state'], ps)]
+    return {**sd, 'hypers': own['hypers'], 'state': state}
 
 # %% ../nbs/15_guard.ipynb #9457dd51
 def _undo_optimizer(opt):

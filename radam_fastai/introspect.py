@@ -24,7 +24,8 @@ def innermost(
     opt, # Optimizer of a `Learner`
 ): # The optimizer of fastai or PyTorch that makes the update
     "The optimizer inside Lookahead and other wrappers"
-    inner = next((o for o in (getattr(opt, k, None) for k in ('opt', 'optimizer')) if isinstance(o, (Optimizer, OptimWrapper, torch.optim.Optimizer))), None)
+    inside = (getattr(opt, k, None) for k in ('opt', 'optimizer'))
+    inner = next((o for o in inside if isinstance(o, (Optimizer, OptimWrapper, torch.optim.Optimizer))), None)
     return opt if inner is None else innermost(inner)
 
 # %% ../nbs/22_introspect.ipynb #d356f0c9

@@ -38,7 +38,8 @@ class LogRectifier(Callback):
         self.log = log
 
     def before_fit(self):
-        if not hasattr(self.learn, 'rectifier'): raise ValueError("LogRectifier logs what a RectifierRecorder records: add one to the Learner")
+        if not hasattr(self.learn, 'rectifier'):
+            raise ValueError("LogRectifier logs what a RectifierRecorder records: add one to the Learner")
         self.send = _wandb_log() if self.log == 'wandb' else self.log
 
     def after_batch(self):

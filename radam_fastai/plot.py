@@ -69,7 +69,8 @@ def _shade_momentum(ax, df):
     for _,span in waits[waits].groupby(starts.cumsum()[waits]):
         lo,hi = span.index[0]-.5,span.index[-1]+.5
         ax.axvspan(lo, hi, color='lightgrey', alpha=.6, lw=0, zorder=0)
-        ax.text(hi, .98, ' momentum phase', transform=ax.get_xaxis_transform(), rotation=90, va='top', ha='left', fontsize='small', color='dimgrey')
+        ax.text(hi, .98, ' momentum phase', transform=ax.get_xaxis_transform(), rotation=90, va='top', ha='left', fontsize='small',
+                color='dimgrey')
 
 def _legend(ax, **kwargs):
     if len(ax.get_legend_handles_labels()[1]) > 1: ax.legend(**kwargs)

@@ -46,7 +46,8 @@ class _Rows(_StepWatcher):
     def stepped(self):
         for group,(counts,hyper) in enumerate(zip(param_counts(self.opt), self.opt.hypers)):
             restarted = {n for i,n in counts.items() if n and self.last.get((group,i), n-1) != n-1}
-            for step in sorted(set(counts.values())): self.add(group, step, hyper, 'skipped' if self.skipped else 'restart'*(step in restarted))
+            for step in sorted(set(counts.values())):
+                self.add(group, step, hyper, 'skipped' if self.skipped else 'restart'*(step in restarted))
             if not self.skipped: self.last.update({(group,i): n for i,n in counts.items()})
 
     def add(self, group, step, hyper, event):
@@ -135,7 +136,8 @@ def check_csv(
 
 # %% ../nbs/10_recorder.ipynb #6fa0bfa0
 def _line(epoch, batch, step, group, rho, rect, adaptive, lr, effective_lr, mom, sqr_mom, event):
-    ints,floats = (f'{o:.0f}' for o in (epoch, batch, step, group)),['' if o != o else repr(o) for o in (rho, rect, lr, effective_lr, mom, sqr_mom)]
+    ints = (f'{o:.0f}' for o in (epoch, batch, step, group))
+    floats = ['' if o != o else repr(o) for o in (rho, rect, lr, effective_lr, mom, sqr_mom)]
     return ','.join([*ints, *floats[:2], str(bool(adaptive)), *floats[2:], EVENTS[int(event)]]) + '\n'
 
 # %% ../nbs/10_recorder.ipynb #512ed64e
@@ -159,7 +161,8 @@ class _Filed(_Publisher):
         n,path = len(self.columns),self.path/self.csv
         try: append_whole(path, ''.join(_line(*self.data[i:i+n]) for i in range(self.saved, len(self.data), n)).encode(), sync=False)
         except OSError as e:
-            if not self.csv_failed: warnings.warn(f"RectifierRecorder: {path} cannot be written ({e.strerror}): the rows stay in memory until it can")
+            if not self.csv_failed:
+                warnings.warn(f"RectifierRecorder: {path} cannot be written ({e.strerror}): the rows stay in memory until it can")
             self.csv_failed = True
         else: self.saved,self.csv_failed = len(self.data),False
 

@@ -98,7 +98,8 @@ def step(self:RAdamScheduleFree, closure=None):
     "Update every parameter that has a gradient"
     groups = self.opt.param_groups
     if not groups[0]['train_mode']:
-        raise RuntimeError("RAdamScheduleFree has to know when training begins and ends: its callback says so, Learner(..., cbs=ScheduleFree())")
+        raise RuntimeError("RAdamScheduleFree has to know when training begins and ends: its callback says so, "
+                           "Learner(..., cbs=ScheduleFree())")
     for g in groups: _check(g)
     self.train() # β1 may have changed
     halves = [self._halves(g) for g in groups]
@@ -121,7 +122,8 @@ def _check_state(sd, opt):
     for i,p in zip(chain(*(g['params'] for g in groups)), chain(*(g['params'] for g in ours))):
         for k in ('z', 'exp_avg_sq'):
             t = sd['state'].get(i, {}).get(k)
-            if t is not None and t.shape != p.shape: raise ValueError(f"{k} of parameter {i} has shape {tuple(t.shape)}, the parameter {tuple(p.shape)}")
+            if t is not None and t.shape != p.shape:
+                raise ValueError(f"{k} of parameter {i} has shape {tuple(t.shape)}, the parameter {tuple(p.shape)}")
 
 @patch
 def state_dict(self:RAdamScheduleFree) -> dict:

@@ -7,6 +7,8 @@ import radam_fastai.advisor
 import radam_fastai.all
 import radam_fastai.baselines
 import radam_fastai.callback
+import radam_fastai.introspect
+from radam_fastai.recipes.demo import get_learner
 
 CALLBACKS = 'RectifierRecorder LogTo KeepGoing GradientHistogram AdaptiveLRVariance StopOnNonFinite'.split()
 BASELINES = 'no_warmup linear_warmup after never Adam SGD AdamWarmupFn Adam2kFn'.split()
@@ -17,7 +19,7 @@ def pickled(module, name):
 
 @pytest.mark.parametrize('module, name, now', [
     *(('callback', o, radam_fastai.all) for o in CALLBACKS), *(('warmup', o, radam_fastai.baselines) for o in BASELINES),
-    *(('warmup', o, radam_fastai.advisor) for o in ('WarmupAdvisor', 'WarmupReport'))])
+    *(('warmup', o, radam_fastai.advisor) for o in ('WarmupAdvisor', 'WarmupReport')), ('readout', 'Rectifier', radam_fastai.introspect)])
 def test_exported_learners_find_their_classes(module, name, now):
     assert pickle.loads(pickled(f'radam_fastai.{module}', name)) is getattr(now, name)
 
@@ -33,3 +35,11 @@ def test_former_callbacks_are_the_new_ones():
         arg = radam_fastai.all.WarmupAdvisor() if now == 'FailSafe' else print
         with pytest.warns(DeprecationWarning, match=f'{name} is called {now} now'): cb = former(arg)
         assert isinstance(cb, cls) and isinstance(pickle.loads(pickle.dumps(cb)), cls)
+
+def test_a_recorder_that_was_exported_before_continues():
+    "It kept the step counts of each group in a list"
+    learn = get_learner('radam')
+    learn.remove_cbs([cb for cb in learn.cbs if cb.name == 'rectifier'])
+    learn.add_cb(radam_fastai.all.RectifierRecorder(table=False)).rectifier.last = {0: [3]}
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+    assert learn.rectifier.to_frame().step.tolist() == [*range(1, 1+len(learn.dls.train))]

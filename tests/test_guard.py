@@ -156,7 +156,7 @@ def test_a_disk_that_is_full(tmp_path, monkeypatch):
     def full(*a, **kw): raise OSError(28, 'No space left on device')
     monkeypatch.setattr(torch, 'save', full)
     learn,guard,said = guarded(tmp_path, 'RAdam', BAD['nan loss'][0](7))
-    assert 'in memory alone' in said[0] and 'No space left' in said[0] and 'good.pth' in said[0]
+    assert 'in memory only' in said[0] and 'No space left' in said[0] and 'good.pth' in said[0]
     assert identical(held(learn), held(undisturbed(tmp_path, 'RAdam', 7))) and (tmp_path/'models'/'good.pth').read_bytes() == b'before'
     assert os.listdir(tmp_path/'models') == ['good.pth']
 
@@ -391,7 +391,7 @@ REFUSED = {
     'nan in an average':  (alter(lambda sd: sd['opt']['state'][0]['grad_avg'].fill_(math.nan)),
                            r'parameter 0.*grad_avg in the checkpoint has nan or inf'),
     'a weight missing':   (alter(lambda sd: sd['model'].pop('0.0.weight')), 'the file has no 0.0.weight'),
-    'a weight more':      (alter(lambda sd: sd['model'].update(x=torch.ones(1))), 'the file has x, which the model has not'),
+    'a weight more':      (alter(lambda sd: sd['model'].update(x=torch.ones(1))), 'the file has x, which the model does not have'),
     'a shape':            (alter(lambda sd: sd['model'].update({'1.1.bias': torch.ones(3)})),
                            r'1.1.bias has shape \(3,\) in the file, \(2,\) in the model'),
     'integers':           (alter(lambda sd: sd['model'].update({'1.1.bias': torch.ones(2).long()})),
