@@ -62,4 +62,5 @@ def warn_slow_bf16(
     device:str, # That trains
 ):
     "Say once if `device` has to imitate bfloat16"
-    if not has_bf16(device): warnings.warn(f'this {device} has no instructions for bfloat16: training goes on, but slower than in single precision')
+    if not has_bf16(device):
+        warnings.warn(f'this {device} has no instructions for bfloat16: training goes on, but slower than in single precision')
