@@ -9,13 +9,14 @@ from radam_fastai.optimizer import RAdamFn
 from radam_fastai.recipes import data
 from radam_fastai.recipes.checkpoint import SeedEpochs, start_at
 from radam_fastai.recipes.jobs import Run, run_job
-from radam_fastai.experiments.language import SIZES, Transformer, awd_lstm_learner, find_text, get_vocab, lm_dls, markov_text, sinusoids, transformer_learner
+from radam_fastai.experiments.language import SIZES, LSTMSettings, Transformer, TransformerSettings, awd_lstm_learner, find_text, get_vocab, lm_dls, markov_text, sinusoids, transformer_learner
 from radam_fastai.recipes.cli import OptionError
 from test_resume import Stop, equal_jobs
 
 nets = dict(language=dict(emb_sz=8, n_hid=12, n_layers=2, drop_mult=.5, alpha=2., beta=1.),
             **{'adam-2k': dict(d_model=8, n_heads=2, n_layers=2, dropout=.1, norm_first=False)})
 makers = dict(language=awd_lstm_learner, **{'adam-2k': transformer_learner})
+settings = dict(language=LSTMSettings, **{'adam-2k': TransformerSettings})
 both = pytest.mark.parametrize('kind', nets)
 
 @pytest.fixture(scope='module')
@@ -26,7 +27,7 @@ def text():
 
 def learner(text, kind, bs=4, seq_len=5, **o):
     train,valid,vocab = text
-    return makers[kind](lm_dls(train, valid, vocab, bs, seq_len), len(vocab), RAdamFn, {**nets[kind], **o})
+    return makers[kind](lm_dls(train, valid, vocab, bs, seq_len), len(vocab), RAdamFn, settings[kind](**{**nets[kind], **o}))
 
 # The text that is written for the purpose
 
@@ -228,7 +229,7 @@ def test_sizes(text, size):
     for kind,make in makers.items():
         o = SIZES[kind][size]
         v = o['max_vocab']+8
-        with torch.device('meta'): model = make(dls, v, RAdamFn, o).model
+        with torch.device('meta'): model = make(dls, v, RAdamFn, settings[kind](**o)).model
         n = sum(p.numel() for p in model.parameters())
         assert n == (n_awd_lstm(v, o['emb_sz'], o['n_hid'], o['n_layers']) if kind=='language' else n_transformer(v, o['d_model'], o['n_layers'], o['norm_first']))
     with torch.device('meta'): assert sum(p.numel() for p in Transformer(50, 8, 2, 3, norm_first=True).parameters()) == n_transformer(50, 8, 3, True)
