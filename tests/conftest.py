@@ -1,19 +1,32 @@
 """What every test shares: no display, one seed, and the folder of optional data archives."""
-import os, random, runpy, sys
+import os
+import random
+import runpy
+import sys
 from pathlib import Path
 
 os.environ.setdefault('MPLBACKEND', 'Agg')
 
-import numpy as np, pytest, torch
+import numpy as np
+import pytest
+import torch
 from PIL import Image
 
-import attacks
+from helpers import summary, tally
 
 torch.set_num_threads(1) # the tensors here are small: a second thread only waits for the first
 
+def pytest_sessionfinish(session):
+    "With pytest-xdist, a worker hands its tally to the process that prints"
+    if hasattr(session.config, 'workeroutput'): session.config.workeroutput['tally'] = [(*k, n) for k,n in tally.items()]
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    for what,end,n in getattr(node, 'workeroutput', {}).get('tally', []): tally[what,end] += n
+
 def pytest_terminal_summary(terminalreporter):
-    if attacks.tally: terminalreporter.section('attacks')
-    for line in attacks.summary(): terminalreporter.line(line)
+    if tally: terminalreporter.section('attacks')
+    for line in summary(): terminalreporter.line(line)
 
 @pytest.fixture(autouse=True)
 def seed():
@@ -58,6 +71,7 @@ def tiny(monkeypatch):
     "A small XResNet under the name of xresnet18, and figures that are not drawn: for tests of what is around them"
     from fastai.layers import ResBlock
     from fastai.vision.models.xresnet import XResNet
+
     from radam_fastai.recipes import imagenette, report
     monkeypatch.setitem(imagenette.ARCHS, 'xresnet18', lambda **kw: XResNet(ResBlock, 1, [1,1,1,1], stem_szs=(4,4,64), widen=.25, **kw))
     for f in 'plot_runs','plot_summary','plot_published': monkeypatch.setattr(report, f, lambda *a: None)

@@ -1,11 +1,16 @@
 """Thousands of command lines, drawn by a seeded generator: a wrong one ends in one clear line and status 2, never in a traceback."""
-import inspect, random, runpy, sys
+import inspect
+import random
+import runpy
+import sys
 from importlib import import_module
 
 import pytest
 from fastcore.script import anno_parser
 
-from attacks import FULL, tally
+from helpers import FULL, tally
+
+pytestmark = pytest.mark.slow
 
 N = 600 if FULL else 40 # command lines of each kind for each command
 COMMANDS = {'demo':'recipes.demo', 'imagenette':'recipes.imagenette', 'experiment':'experiments.main', 'bench':'bench.main'}
@@ -35,7 +40,8 @@ def parser(name): return anno_parser(inspect.unwrap(import_module(f'radam_fastai
 
 def options(name):
     "The options of a command that take a value, and the type of each"
-    return [(a.option_strings[0], a.type) for a in parser(name)._actions if a.option_strings and a.nargs != 0 and a.option_strings[0] not in ('-h','--pdb','--xtra')]
+    return [(a.option_strings[0], a.type)
+            for a in parser(name)._actions if a.option_strings and a.nargs != 0 and a.option_strings[0] not in ('-h','--pdb','--xtra')]
 
 TEXT = ['', ' ', 'abc', '½', '0x10', '1,2', '1e', '--', '\\n', "'", '€'*50, 'x'*1000, '../..', '\x07']
 NO_NUMBER,NO_INT = ['abc','½','1,2','1e','x'*200],['1.5','1e3','inf','nan']
@@ -66,7 +72,8 @@ def test_wrong_type_or_far_out_of_range(command, name, tmp_path):
 def test_unknown_words(command, name):
     "Options that do not exist, names that are no choice"
     rng = random.Random(f'{name} words')
-    named = {'demo':['--lr'], 'imagenette':['--preset','--opt','--arch','--act-fn','--pool','--aug','--sched','--sa','--norm','--fp16'], 'experiment':['--budget','--opts','--lrs'], 'bench':['--models','--optims','--device']}[name]
+    named = {'demo':['--lr'], 'imagenette':['--preset','--opt','--arch','--act-fn','--pool','--aug','--sched','--sa','--norm','--fp16'],
+             'experiment':['--budget','--opts','--lrs'], 'bench':['--models','--optims','--device']}[name]
     for i in range(N):
         word = ''.join(rng.choices('abcxyz_ä7 ,;$\'"', k=rng.randint(1, 12)))
         line = rng.choice([[f'--{word}'], [f'{rng.choice(named)}=!{word}'], [f'!{word}', 'more']])
@@ -77,13 +84,17 @@ def test_anything_at_all(command, name):
     "Several options with any values: the command begins its work or says what is wrong; reports and dumps may end well"
     rng,seen = random.Random(f'{name} any'),{}
     opts = options(name)
-    flags = [a.option_strings[0] for a in parser(name)._actions if a.option_strings and a.nargs == 0 and a.option_strings[0] not in ('-h','--pdb')]
+    flags = [a.option_strings[0] for a in parser(name)._actions if a.option_strings and a.nargs == 0
+             and a.option_strings[0] not in ('-h','--pdb')]
     def value(option, type):
-        return rng.choice(TEXT + NO_INT + FAR[float] + ['0','1','2','16','64','1e-3','.5','radam','adam','xresnet18','flat_cos','Mish','cpu','small'])
-    first = {'experiment':['lr-robustness','language','adam-2k','degenerate','no-such'], 'bench':['step','callback','train','no-such']}.get(name)
+        return rng.choice(TEXT + NO_INT + FAR[float] + ['0','1','2','16','64','1e-3','.5','radam','adam','xresnet18','flat_cos','Mish',
+                                                        'cpu','small'])
+    first = {'experiment':['lr-robustness','language','adam-2k','degenerate','no-such'],
+             'bench':['step','callback','train','no-such']}.get(name)
     for i in range(N):
         chosen = rng.sample(opts, rng.randint(1, min(4, len(opts))))
-        line = [*([rng.choice(first)] if first else []), *(f'{o}={value(o, t)}' for o,t in chosen), *rng.sample(flags, rng.randint(0, min(2, len(flags))))]
+        line = [*([rng.choice(first)] if first else []), *(f'{o}={value(o, t)}' for o,t in chosen),
+                *rng.sample(flags, rng.randint(0, min(2, len(flags))))]
         if any(s.startswith('--out=/') or '\x00' in s for s in line): continue
         status,err = command(name, *line)
         if status in ('reached', 0): tally['command lines of any words', 'sound'] += 1
@@ -91,8 +102,11 @@ def test_anything_at_all(command, name):
         seen[status] = seen.get(status, 0) + 1
     assert seen.get(2, 0) > 5, seen
 
-CONTRADICTIONS = {'imagenette':[['--fp16','1','--bf16','1'], ['--sa','0','--sym','1'], ['--sched','flat_cos','--div','3'], ['--sched','flat','--pct-start','.5'], ['--bs','4096'], ['--n-items','5'], ['--size','17','--pool','MaxPool']],
-    'experiment':[['variance','--opts','sgd'], ['lr-robustness','--bs','4000'], ['language','--n-items','20'], ['adam-2k','--lrs','']], 'demo':[['--bs','4096']], 'bench':[['train','--models','small'], ['callback','--optims','torch']]}
+CONTRADICTIONS = {'imagenette':[['--fp16','1','--bf16','1'], ['--sa','0','--sym','1'], ['--sched','flat_cos','--div','3'],
+                                ['--sched','flat','--pct-start','.5'], ['--bs','4096'], ['--n-items','5'],
+                                ['--size','17','--pool','MaxPool']],
+    'experiment':[['variance','--opts','sgd'], ['lr-robustness','--bs','4000'], ['language','--n-items','20'], ['adam-2k','--lrs','']],
+    'demo':[['--bs','4096']], 'bench':[['train','--models','small'], ['callback','--optims','torch']]}
 
 @pytest.mark.parametrize('name,line', [(n, l) for n,ls in CONTRADICTIONS.items() for l in ls])
 def test_options_that_contradict(command, name, line): answered(*command(name, *line), line)

@@ -1,4 +1,4 @@
-"""What one optimizer step costs, beside the other RAdams, on your machine
+"""Every optimizer's step beside the others', timed in turn on your machine
 
 `radam-bench step` times the optimizer step of this package beside fastai's, PyTorch's and, where they are installed, optimi's, pytorch_optimizer's and timm's. Every optimizer works on its own copy of the same parameters and gradients, all with the same settings, and they are timed *in turn*: a round times a few steps of each, in shuffled order, and an optimizer's ratio to ours is the median over rounds of that round's ratio. A machine that slows down for a while slows down both sides of the ratio."""
 
@@ -8,14 +8,15 @@
 __all__ = ['MODELS']
 
 # %% ../../nbs/60_bench.step.ipynb #fe3962c5
-import random, shlex, time
+import os, random, shlex, time
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from functools import partial
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Callable, Iterable, NamedTuple
 
-from ..recipes.report import terminal_table
+from ..recipes.report import terminal_table # before fastai, whose import warns
 from ..recipes.optims import FASTAI, optims
 from ..recipes.records import append_record, device_name, versions
 
@@ -27,8 +28,10 @@ from fastai.text.models.core import get_language_model
 from fastai.vision.models.xresnet import xresnet18, xresnet50
 from fastcore.foundation import L
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from torch.autograd import DeviceType
+from torch.profiler import profile
 
+from ..plot import COLORS, opt_color
 from ..rectify import rectification
 
 # %% ../../nbs/60_bench.step.ipynb #81e49800
@@ -69,6 +72,17 @@ def missing(
     return [o for o in optims if find_spec(TIMED[o].library) is None]
 
 # %% ../../nbs/60_bench.step.ipynb #db00ad62
+def time_burst(
+    f:Callable, # Called without arguments
+    burst:int, # Calls timed together
+    sync, # Waits for the device to be idle
+) -> tuple: # Times of one call, in ms: until it had returned, and until the device was idle
+    "Time `burst` calls as one, after a call that is not timed"
+    f(); sync(); start = time.perf_counter()
+    for _ in range(burst): f()
+    returned = time.perf_counter(); sync()
+    return tuple((t-start)*1e3/burst for t in (returned, time.perf_counter()))
+
 def time_in_turn(
     fns:dict, # Name -> function without arguments
     rounds:int, # Times that each function is timed, at least 1
@@ -83,11 +97,7 @@ def time_in_turn(
     order,res,rng = list(fns),{o:[] for o in fns},random.Random(seed)
     for _ in range(rounds):
         rng.shuffle(order)
-        for o in order:
-            fns[o](); sync(); start = time.perf_counter()
-            for _ in range(burst): fns[o]()
-            sync()
-            res[o].append((time.perf_counter()-start)*1e3/burst)
+        for o in order: res[o].append(time_burst(fns[o], burst, sync)[1])
     return {k:np.array(v) for k,v in res.items()}
 
 # %% ../../nbs/60_bench.step.ipynb #79c41e90
@@ -133,17 +143,50 @@ def floor_ms(
     "Time to move `STEP_BYTES` bytes a parameter at the bandwidth of an addition"
     return add_ms * (STEP_BYTES*n_params) / (ADD_BYTES*add_size)
 
+# %% ../../nbs/60_bench.step.ipynb #9f3aa13c
+@contextmanager
+def quiet():
+    "Without what native code writes on stderr: the profiler reports each of its starts there"
+    was,null = os.dup(2),os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try: yield
+    finally:
+        os.dup2(was, 2)
+        for fd in (was, null): os.close(fd)
+
+def extra_bytes(
+    prof:profile, # That has watched memory
+) -> int: # Bytes
+    "Most memory that was taken and not yet given back, beyond what there was at the start"
+    blocks = sorted((e.start_ns(), e.nbytes()) for e in prof.profiler.kineto_results.events() if e.name() == '[memory]')
+    return int(max([0, *np.cumsum([b for _,b in blocks])]))
+
+def step_work(
+    step:Callable, # Takes a step
+    sync, # Waits for the device to be idle
+) -> dict: # `host_ms`, `device_ms` (0 on a CPU), `calls`, `extra_bytes`
+    "What one step asks of host, device and memory"
+    host = float(np.median([time_burst(step, 1, sync)[0] for _ in range(5)]))
+    with quiet(), profile(profile_memory=True) as prof:
+        step()
+        sync()
+    events = [e for e in prof.events() if not e.is_user_annotation]
+    kernels = [e for e in events if e.device_type == DeviceType.CUDA and e.name != '[memory]']
+    called = [e for e in events if e.name.startswith('aten::') and not (e.cpu_parent and e.cpu_parent.name.startswith('aten::'))]
+    return dict(host_ms=host, device_ms=sum(e.time_range.elapsed_us() for e in kernels)/1e3, calls=len(kernels or called), extra_bytes=extra_bytes(prof))
+
 # %% ../../nbs/60_bench.step.ipynb #66b5977b
-def step_rows(
-    model:str, # A name in `MODELS`
+def time_steps(
+    model:str, # What to call it
+    sizes:list, # Shapes of its parameters
     optims:list, # Names in `TIMED`, `ours` among them
     rounds:int=25, # Timed bursts of each
     warmup:int=10, # Steps before those, past the momentum phase
     device:str='cpu', # Where to run
     seed:int=0, # Seed of parameters, gradients and order
 ) -> list: # A dict per optimizer
-    "Time the step of every optimizer on `model`, in turn"
-    sizes,sync = shapes(model),waiter(device)
+    "Time the step of every optimizer on tensors of the given `sizes`, in turn"
+    sync = waiter(device)
     opts = {o: TIMED[o](fresh_params(sizes, device, seed)) for o in optims}
     a,b = (torch.zeros(ADD_SIZE, device=device) for _ in range(2))
     fns = {o: opt.step for o,opt in opts.items()} | dict(floor=lambda: a.add_(b))
@@ -151,26 +194,31 @@ def step_rows(
     floor = floor_ms(n, ms.pop('floor'), len(a))
     return [dict(model=model, optim=o, label=TIMED[o].label, ms=float(np.median(t)), ratio=paired_ratio(t, ms['ours']),
                  state_bytes=state_bytes(opts[o])/n, floor_ratio=paired_ratio(t, floor), n_params=n, n_tensors=len(sizes),
-                 min_ms=float(t.min()), max_ms=float(t.max()), floor_ms=float(np.median(floor)))
+                 min_ms=float(t.min()), max_ms=float(t.max()), floor_ms=float(np.median(floor)), **step_work(fns[o], sync))
             for o,t in ms.items()]
 
+def step_rows(
+    model:str, # A name in `MODELS`
+    *args, **kwargs # As for `time_steps`
+) -> list: # A dict per optimizer
+    "Time the step of every optimizer on `model`, in turn"
+    return time_steps(model, shapes(model), *args, **kwargs)
+
 # %% ../../nbs/60_bench.step.ipynb #ac01c32b
-OURS,OTHERS,FLOOR = '#0072B2','#B0B0B0','#D55E00' # From the colour-blind-safe palette of Okabe and Ito, and a grey
+OURS,OTHERS,FLOOR = opt_color('radam'),'#B0B0B0',COLORS[5] # blue, grey, dark orange
 
 def plot_model(
     ax, # Matplotlib axes
     rows:pd.DataFrame, # Rows of one model
 ):
-    "Bars of the median times in `rows`"
+    "Bars of the median times in `rows`, and the memory floor"
     rows,floor = rows.sort_values('ms', ascending=False),rows.floor_ms.iloc[0]
-    left,right = min(rows.ms.min(), floor)/2,rows.ms.max()
     bars = ax.barh(rows.label, rows.ms, color=[OURS if o.startswith('ours') else OTHERS for o in rows.optim])
     ax.axvline(floor, color=FLOOR, ls='--', lw=1.5, label='memory floor')
     ax.bar_label(bars, [f' {ms:.3g} ms, {r:.2f}×' for ms,r in zip(rows.ms, rows.ratio)], fontsize=8, zorder=3,
                  bbox=dict(facecolor='white', edgecolor='none', pad=.5))
-    ax.set(xscale='log', xlim=(left, right*(right/left)**.35), xlabel='median time of one step (ms, log scale) and its ratio to ours')
+    ax.set(xlim=(0, 1.2*max(rows.ms.max(), floor)), xlabel='median time of one step (ms) and its ratio to ours')
     ax.set_title('{model}: {n_params:,} parameters in {n_tensors:,} tensors'.format(**rows.iloc[0]), loc='left', fontsize=11)
-    ax.xaxis.set(major_locator=LogLocator(subs=(1,2,5)), major_formatter='{x:g}', minor_formatter=NullFormatter())
     ax.spines[['top','right']].set_visible(False)
     ax.legend(loc='lower right', bbox_to_anchor=(1, .99), frameon=False, fontsize=9)
 
@@ -191,21 +239,22 @@ def devices() -> list: # Names
     return ['cuda']*bool(n) + ['cpu'] + [f'cuda:{i}' for i in range(n)]
 
 class Bench(NamedTuple):
-    "Something that `radam-bench` can time"
+    "Something that `radam-bench` can do"
     run:Callable # Function of the checked options
-    models:Iterable # What `--models` may name
-    optims:Iterable # What `--optims` may name, `ours` first; empty if there is no such option
-    defaults:dict # Of `models`, `rounds`, `warmup`
-    least_warmup:int # Lowest `--warmup`
+    defaults:dict # Option → its value unless it is given; those it takes besides `threads`, `device`, `seed` and `out`
+    models:Iterable = () # What `--models` may name
+    optims:Iterable = () # What `--optims` may name, `ours` first
+    least_warmup:int = 1 # Lowest `--warmup`
 
 # %% ../../nbs/60_bench.step.ipynb #13439fe3
 def facts(
     o:SimpleNamespace, # From `check_options`
 ) -> dict: # What goes into every record of a run
     "Where, when and how the run that `o` describes is done"
-    args = [a for k,v in vars(o).items() if k != 'what' for a in (f'--{k}', ','.join(v) if isinstance(v, list) else str(v))]
+    given = {k: ','.join(v) if isinstance(v, list) else v for k,v in vars(o).items() if k != 'what' and v is not None}
+    args = [str(a) for k,v in given.items() for a in (f'--{k}', int(v) if isinstance(v, bool) else v)]
     libs = {'torch','fastai','radam_fastai'} | {TIMED[k].library for k in getattr(o, 'optims', [])}
-    return dict(bench=o.what, rounds=o.rounds, seed=o.seed, device=o.device, device_name=device_name(o.device), threads=o.threads, versions=versions(libs),
+    return dict(bench=o.what, seed=o.seed, device=o.device, device_name=device_name(o.device), threads=o.threads, versions=versions(libs),
                 date=datetime.now(timezone.utc).isoformat(timespec='seconds'), command=shlex.join(['radam-bench', o.what, *args]))
 
 # %% ../../nbs/60_bench.step.ipynb #2d642160
@@ -216,7 +265,7 @@ def time_models(
     **about # What else goes into every record
 ) -> pd.DataFrame: # All rows
     "Time every model; record each at once, and write the table of all"
-    rows,about = [],facts(o) | about
+    rows,about = [],facts(o) | dict(rounds=o.rounds) | about
     for i,model in enumerate(o.models, 1):
         print(f'{model} ({i} of {len(o.models)}): {what}', flush=True)
         rows += (new := rows_of(model))
@@ -238,20 +287,25 @@ def show(
     print(*(o.out/f for f in ('records.jsonl', f'{o.what}.csv', f'{o.what}.png')), sep='\n')
 
 # %% ../../nbs/60_bench.step.ipynb #a18cc427
-TABLE = dict(model='model', label='optimizer', ms='median ms', ratio='ratio to ours', state_bytes='state bytes/param',
-             floor_ratio='ratio to floor', n_params='params', n_tensors='tensors')
+TABLE = dict(model='model', label='optimizer', ms='median ms', ratio='ratio to ours', host_ms='host ms', device_ms='device ms', calls='kernels or calls',
+             extra_bytes='extra bytes', state_bytes='state bytes/param', floor_ratio='ratio to floor', n_params='params', n_tensors='tensors')
+
+def installed(
+    names:list, # In `TIMED`
+) -> list: # Those that can be timed here
+    "Leave out what is not installed, and say so"
+    if absent := missing(names): print(f"left out, not installed: {', '.join(absent)} (to time them: pip install 'radam_fastai[bench]')")
+    return [k for k in names if k not in absent]
 
 def bench_step(
     o:SimpleNamespace, # From `check_options`
 ) -> pd.DataFrame: # A row per model and optimizer
     "Time the optimizer step on every model"
-    if absent := missing(o.optims):
-        print(f"left out, not installed: {', '.join(absent)} (to time them: pip install 'radam_fastai[bench]')")
-    o.optims = [k for k in o.optims if k not in absent]
-    df = time_models(o, f'{len(o.optims)} optimizers, {o.rounds} bursts of each', lambda model: step_rows(model, o.optims, o.rounds, o.warmup, o.device, o.seed),
+    o.optims = installed(o.optims)
+    df = time_models(o, f'{len(o.optims)} optimizers, {o.rounds} bursts of each',
+                     lambda model: step_rows(model, o.optims, o.rounds, o.warmup, o.device, o.seed),
                      step=o.warmup+1, rect=rectification(o.warmup+1, FASTAI['sqr_mom']))
     show(o, df, TABLE, plot_steps(df))
     return df
 
-# %% ../../nbs/60_bench.step.ipynb #fc533eb9
-STEP = Bench(bench_step, MODELS, TIMED, dict(models='all', rounds=25, warmup=10), least_warmup=10) # RAdam's rectifier must be on
+STEP = Bench(bench_step, dict(models='all', optims='all', rounds=25, warmup=10), MODELS, TIMED, least_warmup=10) # RAdam's rectifier must be on

@@ -42,6 +42,7 @@ _optimizer,_baselines = 'radam_fastai.optimizer','radam_fastai.baselines'
 _timed = {
     'ours':              ('radam_fastai RAdam',             _optimizer,                 'RAdam',  FASTAI),
     'ours-ranger':       ('radam_fastai Ranger',            _optimizer,                 'Ranger', FASTAI),
+    'ours-adam':         ('radam_fastai AdamFn',            'radam_fastai.baselines',   'Adam',   FASTAI),
     'ours-torch':        ('radam_fastai torch_optim.RAdam', 'radam_fastai.torch_optim', 'RAdam',  TORCH_RADAM),
     'fastai':            ('fastai RAdam',             'fastai.optimizer', 'RAdam',  FASTAI),
     'fastai-adam':       ('fastai Adam',              'fastai.optimizer', 'Adam',   FASTAI),
