@@ -24,7 +24,7 @@ $(DOCS): $(READY)
 	$(BIN)/pip install -q -e '.[docs]'
 	@touch $@
 
-demo: $(READY) ## Train a small model with RAdam; figures and records go to runs/demo
+demo: $(READY) ## See what RAdam is for, in a minute; figures and records go to runs/demo
 	$(BIN)/radam-demo --out runs/demo
 
 test test-fast notebooks: export OMP_NUM_THREADS := 1 # many small tensors, several processes: more threads only wait for each other

@@ -67,5 +67,5 @@ def tiny(monkeypatch):
 
     from radam_fastai.recipes import imagenette, report
     monkeypatch.setitem(imagenette.ARCHS, 'xresnet18', lambda **kw: XResNet(ResBlock, 1, [1,1,1,1], stem_szs=(4,4,64), widen=.25, **kw))
-    for f in 'plot_runs','plot_summary': monkeypatch.setattr(report, f, lambda *a: None)
+    for f in 'plot_runs','plot_summary','plot_published': monkeypatch.setattr(report, f, lambda *a: None)
     monkeypatch.setattr(report, 'save_figure', lambda fig, path: Path(path).write_bytes(b'figure'))

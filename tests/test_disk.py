@@ -43,7 +43,7 @@ def test_full_at_any_moment(disk, tmp_path):
     rng = random.Random(0)
     for i in range(100 if FULL else 12):
         ballast = fill(disk, room=int(rng.uniform(0, .95)*need))
-        with pytest.raises(RecipeError, match='could not write .*: No space left on device; what was written before is whole'):
+        with pytest.raises(OSError, match='could not write .*: No space left on device; what was written before is whole'):
             small_job(out)
         with warnings.catch_warnings():
             warnings.simplefilter('error') # a part of a record
@@ -95,4 +95,4 @@ def test_no_room_to_unpack(disk, tmp_path):
 def test_nowhere_to_unpack(tmp_path):
     a = tar(tmp_path/'a.tgz', x=Path(__file__).parent/'oracle')
     (tmp_path/'file').write_text('no folder')
-    with pytest.raises(RecipeError, match='could not write .*x: '): unpack([a], tmp_path/'file'/'x')
+    with pytest.raises(OSError, match='could not write .*x: '): unpack([a], tmp_path/'file'/'x')

@@ -11,7 +11,7 @@ from PIL import Image
 from helpers import short_header
 from radam_fastai.experiments import images, main as experiment, sweep, theory
 from radam_fastai.experiments.main import EXPERIMENTS
-from radam_fastai.experiments.sweep import BETTER, contender, get_runs, labels, merit_table, near_range, sweep_table
+from radam_fastai.experiments.sweep import BETTER, ExperimentSettings, get_runs, labels, merit_table, near_range, sweep_table
 from radam_fastai.recipes.cli import OptionError, RecipeError
 from radam_fastai.recipes.data import crop_flip, tensor_dls
 from radam_fastai.recipes.jobs import run_job
@@ -65,7 +65,7 @@ def folder(tmp_path):
     return tmp_path/'photos'
 
 def test_images_are_read_and_normalised(folder):
-    (train,valid),about = images.load_images(folder, dict(size=4, n_items=None, n_valid=None, bs=10))
+    (train,valid),about = images.load_images(folder, images.ImageSettings(size=4, bs=10))
     raw = np.repeat([25*c+i for c in range(10) for i in range(8)], 3*4*4).reshape(80,3,4,4)/255
     got = train[0].reshape(10, 8, -1).sort(dim=1)[0].reshape(80,3,4,4) # a class's images come in any order
     assert np.allclose(got, (raw-raw.mean())/raw[:,0].std(ddof=1), atol=1e-5)
@@ -78,15 +78,14 @@ def test_an_image_that_cannot_be_read(folder, damage):
     bad = folder/'train'/'c3'/'2.png'
     bad.write_bytes(bad.read_bytes()[:30] if damage == 'cut' else short_header())
     with pytest.raises(RecipeError, match=f'{bad} is no image that can be read'):
-        images.load_images(folder, dict(size=4, n_items=None, n_valid=None, bs=10))
+        images.load_images(folder, images.ImageSettings(size=4, bs=10))
 
 def test_image_learners_differ_in_the_optimizer_alone(folder):
-    loaded,_ = images.load_images(folder, dict(size=8, n_items=20, n_valid=None, bs=10))
+    loaded,_ = images.load_images(folder, images.ImageSettings(size=8, n_items=20, bs=10))
     def begun(opt):
         torch.manual_seed(7)
-        learn = images.image_learner(loaded,
-                                     {**images.SMALL, 'opt':opt, 'bs':10, 'n_steps':5, 'lr':.01} if opt in ('adam-warmup','adam-2k') else
-                                         {**images.SMALL, 'opt':opt, 'bs':10, 'lr':.01})
+        own = dict(opt=opt, bs=10, lr=.01, n_steps=5 if opt in ('adam-warmup','adam-2k') else None)
+        learn = images.image_learner(loaded, images.ImageSettings(**{**images.SMALL, **own}))
         learn.create_opt()
         return learn
     first,*others = [begun(o) for o in optims('recipe', 'experiment')]
@@ -99,7 +98,7 @@ def test_image_learners_differ_in_the_optimizer_alone(folder):
 @pytest.mark.parametrize('opt', optims('recipe', 'experiment'))
 def test_contenders_honour_their_settings(opt):
     n = dict(n_steps=7) if opt in ('adam-warmup','adam-2k') else {}
-    o = contender(dict(opt=opt, mom=.8, sqr_mom=.95, eps=1e-3, wd=.2, epochs=3, **n))([torch.nn.Parameter(torch.ones(2))], lr=.1)
+    o = ExperimentSettings(opt=opt, mom=.8, sqr_mom=.95, eps=1e-3, wd=.2, epochs=3, **n).opt_func()([torch.nn.Parameter(torch.ones(2))], lr=.1)
     want = dict(mom=.8, wd=.2) if opt == 'sgd' else dict(mom=.8, sqr_mom=.95, eps=1e-3, wd=.2)
     assert {k: o.hypers[0][k] for k in want} == want
     if n: assert o.settings['rule'].keywords == n
@@ -234,7 +233,8 @@ def test_degenerate_is_sgd_to_the_bit(tmp_path, tiny):
     kept = {}
     for o in dict(opt='sgd'),dict(opt='radam', sqr_mom=2/3),dict(opt='radam', sqr_mom=.7):
         torch.manual_seed(0)
-        learn = images.image_learner(images.load_images(None, shared)[0], {**shared, **o, 'lr':.03})
+        s = images.ImageSettings(**{**shared, **o, 'lr':.03})
+        learn = images.image_learner(images.load_images(None, s)[0], s)
         learn.dls.train.rng = random.Random(0)
         with learn.no_bar(),learn.no_logging(): learn.fit(1, .03)
         kept[o.get('sqr_mom')] = torch.cat([p.detach().flatten() for p in learn.model.parameters()])

@@ -13,7 +13,9 @@ from fastai.torch_core import set_seed
 from helpers import Stop, equal_jobs
 from radam_fastai.experiments.language import (
     SIZES,
+    LSTMSettings,
     Transformer,
+    TransformerSettings,
     awd_lstm_learner,
     find_text,
     get_vocab,
@@ -33,6 +35,7 @@ pytestmark = pytest.mark.slow
 nets = dict(language=dict(emb_sz=8, n_hid=12, n_layers=2, drop_mult=.5, alpha=2., beta=1.),
             **{'adam-2k': dict(d_model=8, n_heads=2, n_layers=2, dropout=.1, norm_first=False)})
 makers = dict(language=awd_lstm_learner, **{'adam-2k': transformer_learner})
+settings = dict(language=LSTMSettings, **{'adam-2k': TransformerSettings})
 both = pytest.mark.parametrize('kind', nets)
 
 @pytest.fixture(scope='module')
@@ -43,7 +46,7 @@ def text():
 
 def learner(text, kind, bs=4, seq_len=5, **o):
     train,valid,vocab = text
-    return makers[kind](lm_dls(train, valid, vocab, bs, seq_len), len(vocab), RAdamFn, {**nets[kind], **o})
+    return makers[kind](lm_dls(train, valid, vocab, bs, seq_len), len(vocab), RAdamFn, settings[kind](**{**nets[kind], **o}))
 
 # The text that is written for the purpose
 
@@ -248,7 +251,7 @@ def test_sizes(text, size):
     for kind,make in makers.items():
         o = SIZES[kind][size]
         v = o['max_vocab']+8
-        with torch.device('meta'): model = make(dls, v, RAdamFn, o).model
+        with torch.device('meta'): model = make(dls, v, RAdamFn, settings[kind](**o)).model
         n = sum(p.numel() for p in model.parameters())
         assert n == (n_awd_lstm(v, o['emb_sz'], o['n_hid'], o['n_layers']) if kind=='language'
                      else n_transformer(v, o['d_model'], o['n_layers'], o['norm_first']))

@@ -293,7 +293,7 @@ def test_disk_full_while_saving(part, monkeypatch):
     before = (part/'radam-0.pth').read_bytes()
     def full(*a): raise OSError(28, 'No space left on device')
     monkeypatch.setattr(torch, 'save', full)
-    with pytest.raises(RecipeError, match='could not write .*radam-0.pth: No space left on device'): one(part, resume=True)
+    with pytest.raises(OSError, match='could not write .*radam-0.pth: No space left on device'): one(part, resume=True)
     assert (part/'radam-0.pth').read_bytes() == before
 
 def test_epoch_seeds():

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import fastai.callback.progress # a bar for every run
+import fastai.callback.progress # noqa: F401 (a bar for every run)
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -45,8 +45,9 @@ def part(
     n:int=None, # How many to take, the same ones each time; `None` for all
 ) -> list: # Files
     "As many of each class, or an `OptionError`"
-    n_all,each = sum(map(len, files.values())),min(map(len, files.values()))
-    check(n is None or len(files) <= n <= len(files)*each, f'--n-items {n}: must be from {len(files)} to {len(files)*each}, what the smallest class allows')
+    each = min(map(len, files.values()))
+    check(n is None or len(files) <= n <= len(files)*each,
+          f'--n-items {n}: must be from {len(files)} to {len(files)*each}, what the smallest class allows')
     return draw(files, [n//len(files)]*len(files) if n else map(len, files.values()), seed=0)
 
 # %% ../../nbs/51_experiments.images.ipynb #9ffa3240
@@ -64,7 +65,8 @@ def load_folder(
     parts = [part(split, n) for split,n in ((train, n_items), (valid, n_valid))]
     xs,ys = [read_images(fs, size) for fs in parts],[torch.tensor([vocab.index(f.parent.name) for f in fs]) for fs in parts]
     mean,std = (f(xs[0], dim=(0,2,3), keepdim=True) for f in (torch.mean, torch.std))
-    return tuple(((x-mean)/std, y) for x,y in zip(xs, ys)),dict(name=path.name, size=size, classes=len(vocab), digest=digest(sum(parts, []), path))
+    about = dict(name=path.name, size=size, classes=len(vocab), digest=digest(sum(parts, []), path))
+    return tuple(((x-mean)/std, y) for x,y in zip(xs, ys)),about
 
 # %% ../../nbs/51_experiments.images.ipynb #c47dc0a3
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +80,8 @@ def load_images(
     s:ImageSettings,
 ) -> tuple[tuple, dict]: # As `load_folder`
     "Images of a folder, or digits, which have the size and number that they have"
-    loaded,about = (digits(),dict(name='scikit-learn digits', size=8, classes=10)) if path is None else load_folder(Path(path), s.size, s.n_items, s.n_valid)
+    if path is None: loaded,about = digits(),dict(name='scikit-learn digits', size=8, classes=10)
+    else: loaded,about = load_folder(Path(path), s.size, s.n_items, s.n_valid)
     n = len(loaded[0][0])
     check(s.bs <= n, f"--bs {s.bs}: must be at most {n}, the number of training images")
     return loaded,about
@@ -118,8 +121,9 @@ def image_learner(
                    opt_func=s.opt_func(), metrics=accuracy, wd_bn_bias=False, cbs=ChannelsLast())
 
 # %% ../../nbs/51_experiments.images.ipynb #1e8dec1c
-SMALL = dict(sched='flat_cos', pct_start=.5, epochs=6, bs=32, size=16, n_items=4000, n_valid=2000, augment=False, mom=.9, sqr_mom=.99, eps=1e-8, wd=1e-4)
-PAPER = dict(sched='step', epochs=164, bs=128, size=32, n_items=None, n_valid=None, augment=True, mom=.9, sqr_mom=.999, eps=1e-8, wd=1e-4)
+_opt = dict(mom=.9, eps=1e-8, wd=1e-4)
+SMALL = dict(_opt, sched='flat_cos', pct_start=.5, epochs=6, bs=32, size=16, n_items=4000, n_valid=2000, augment=False, sqr_mom=.99)
+PAPER = dict(_opt, sched='step', epochs=164, bs=128, size=32, n_items=None, n_valid=None, augment=True, sqr_mom=.999)
 
 # %% ../../nbs/51_experiments.images.ipynb #44a3276b
 lr_robustness = Experiment(

@@ -20,7 +20,7 @@ from ..recipes.data import find_folder
 from ..recipes.cli import check
 from .sweep import Experiment,ExperimentSettings,curves_figure,grid,labels,show_sweep
 
-import fastai.callback.progress,fastai.callback.schedule # progress bars, `fit_flat_cos`
+import fastai.callback.progress,fastai.callback.schedule # noqa: F401 (progress bars, `fit_flat_cos`)
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -185,8 +185,8 @@ class Transformer(nn.Module):
     ):
         super().__init__()
         self.emb,self.drop = nn.Embedding(vocab_sz, d_model),nn.Dropout(dropout)
-        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(d_model, n_heads, 4*d_model, dropout, batch_first=True, norm_first=norm_first)
-                                    for _ in range(n_layers))
+        def layer(): return nn.TransformerEncoderLayer(d_model, n_heads, 4*d_model, dropout, batch_first=True, norm_first=norm_first)
+        self.layers = nn.ModuleList(layer() for _ in range(n_layers))
         self.norm = nn.LayerNorm(d_model) if norm_first else nn.Identity() # the last sum of pre-LN has not been normalised
         nn.init.normal_(self.emb.weight, std=d_model**-.5)
         for p in self.layers.parameters():
@@ -223,7 +223,8 @@ def load_text(
     check(n <= len(train), f'--n-items {n}: must be at most {len(train)}, the number of training tokens')
     loaded = train[:n],valid,get_vocab(train[:n], s.max_vocab)
     dls = lm_dls(*loaded, s.bs, s.seq_len, s.n_valid)
-    return loaded,dict(**about, vocab=len(loaded[-1]), unit='tokens', **{k: len(dl)*s.bs*s.seq_len for k,dl in (('train', dls.train), ('valid', dls.valid))})
+    train,valid = (len(dl)*s.bs*s.seq_len for dl in dls.loaders)
+    return loaded,dict(**about, vocab=len(loaded[-1]), unit='tokens', train=train, valid=valid)
 
 def text_learner(
     make, # `awd_lstm_learner` or `transformer_learner`
@@ -238,7 +239,8 @@ _opt = dict(sched='flat_cos', pct_start=.75, n_items=None, mom=.9, sqr_mom=.99, 
 
 language = Experiment(
     'Does RAdam train a better recurrent language model than Adam?',
-    {k: ({**_opt, **SIZES['language'][k]}, grid(opt=['adam','radam'], lr=lrs)) for k,lrs in (('small', [.03,.01,.003]), ('paper', [.01,.003,.001]))},
+    {k: ({**_opt, **SIZES['language'][k]}, grid(opt=['adam','radam'], lr=lrs))
+     for k,lrs in (('small', [.03,.01,.003]), ('paper', [.01,.003,.001]))},
     LSTMSettings, load_text, partial(text_learner, awd_lstm_learner), partial(show_sweep, metric='perplexity'))
 
 # %% ../../nbs/52_experiments.language.ipynb #e60d75fd
@@ -248,7 +250,8 @@ class FirstGradients(GradientHistogram):
     def note(self) -> dict: # `gradients`: `steps`, `counts`, `total`, `edges`, as the figures take them
         "What the record keeps"
         df = self.to_frame()
-        return dict(gradients=dict(steps=df.step.tolist(), counts=df.iloc[:,6:].values.tolist(), total=df.iloc[:,2:].sum(axis=1).tolist(), edges=self.edges.tolist()))
+        counts,total = df.iloc[:,6:].values.tolist(),df.iloc[:,2:].sum(axis=1).tolist()
+        return dict(gradients=dict(steps=df.step.tolist(), counts=counts, total=total, edges=self.edges.tolist()))
 
 def loss_figure(
     records:list, # Of runs
@@ -282,6 +285,7 @@ def show_adam_2k(
 # %% ../../nbs/52_experiments.language.ipynb #38994f27
 adam_2k = Experiment(
     'Where Adam without a warm-up fails, do more gradients for its second moment, or a large eps, help it?',
-    {k: ({**_opt, **SIZES['adam-2k'][k]}, grid(opt=['adam','adam-linear','radam'], lr=lrs) + grid(opt=['adam-2k'], n_steps=[n], lr=lrs) + grid(opt=['adam-eps'], eps=[1e-4], lr=lrs))
+    {k: ({**_opt, **SIZES['adam-2k'][k]}, grid(opt=['adam','adam-linear','radam'], lr=lrs)
+         + grid(opt=['adam-2k'], n_steps=[n], lr=lrs) + grid(opt=['adam-eps'], eps=[1e-4], lr=lrs))
      for k,n,lrs in (('small', 100, [.003,.002,.001]), ('paper', 2000, [.001,.0005,.0003]))},
     TransformerSettings, load_text, partial(text_learner, transformer_learner), show_adam_2k, lambda learn: [FirstGradients(learn)])

@@ -21,7 +21,8 @@ from .sweep import get_runs,write_shown
 from .theory import degenerate,variance
 
 # %% ../../nbs/54_experiments.main.ipynb #1e11312e
-EXPERIMENTS = {'lr-robustness':lr_robustness, 'warmup-lengths':warmup_lengths, 'adam-2k':adam_2k, 'language':language, 'variance':variance, 'degenerate':degenerate}
+EXPERIMENTS = {'lr-robustness':lr_robustness, 'warmup-lengths':warmup_lengths, 'adam-2k':adam_2k, 'language':language,
+               'variance':variance, 'degenerate':degenerate}
 
 # %% ../../nbs/54_experiments.main.ipynb #45bcb15a
 def narrowed(
@@ -62,7 +63,7 @@ def report_experiments(
 def main(
     name:str=None, # lr-robustness, warmup-lengths, adam-2k, language, variance or degenerate; without it, they are listed
     budget:str='small', # small: under 20 minutes on two CPU cores; paper: sizes for a GPU
-    path:Path=None, # Folder of the data: images in `train` and `test`, or texts `train.txt` and `valid.txt`, or their archive (digits, generated text)
+    path:Path=None, # Folder of images in `train` and `test`, of `train.txt` and `valid.txt`, or of their archive (digits, generated text)
     runs:int=3, # Seeds: `seed`, `seed`+1, …
     seed:int=42, # The first
     opts:str=None, # Only these of the experiment's optimizers, separated by commas
@@ -79,8 +80,8 @@ def main(
     "Run an experiment about RAdam: every contender, every learning rate, several seeds."
     if report is not None:
         report = expanded('report', report)
-        print(*(f'\n{terminal_table(o)}' for o in report_experiments(report).values() if isinstance(o, pd.DataFrame)), f'{report}/table.md', sep='\n')
-        return
+        tables = [o for o in report_experiments(report).values() if isinstance(o, pd.DataFrame)]
+        return print(*(f'\n{terminal_table(o)}' for o in tables), f'{report}/table.md', sep='\n')
     if name is None: return print(*(f'{k:<16}{exp.question}' for k,exp in EXPERIMENTS.items()), sep='\n')
     check(name in EXPERIMENTS, f"{name}: no such experiment; choose from {', '.join(EXPERIMENTS)}")
     exp = EXPERIMENTS[name]

@@ -86,7 +86,8 @@ def labels(
     counts = {k: Counter(s[k] for s in sets if k in s) for s in sets for k in s if k not in ('opt','lr')}
     usual = {k: v for k,c in counts.items() for v,n in c.items() if n > len(sets)/2 and k != 'n_steps'}
     def text(v): return f'{v:g}' if isinstance(v, float) else v
-    return [', '.join([OPTIMS[s['opt']].label, *(f'{k} {text(v)}' for k,v in s.items() if k in counts and v != usual.get(k))]) for s in sets]
+    def name(s): return ', '.join([OPTIMS[s['opt']].label, *(f'{k} {text(v)}' for k,v in s.items() if k in counts and v != usual.get(k))])
+    return [name(s) for s in sets]
 
 def lines(
     records:list, # Of runs
@@ -98,7 +99,8 @@ def lines(
     return {name: dict(sorted(at.items(), reverse=True)) for name,at in res.items()}
 
 # %% ../../nbs/50_experiments.sweep.ipynb #e0e4e370
-BETTER = dict(accuracy=(max, lambda v, best: v >= best-.01), perplexity=(min, lambda v, best: v <= best*1.01)) # metric: best of many, near it
+BETTER = dict(accuracy=(max, lambda v, best: v >= best-.01), # metric: best of many, near it
+              perplexity=(min, lambda v, best: v <= best*1.01))
 
 def last(
     record:dict, # Of a run
@@ -116,7 +118,10 @@ def sweep_table(
     "A metric of all contenders at all learning rates"
     at = lines(records, partial(last, metric=metric))
     lrs = sorted({lr for v in at.values() for lr in v}, reverse=True)
-    def cell(vals): return '' if vals is None else mean_std(vals, 3 if metric == 'accuracy' else 1) if np.isfinite(vals).all() else f'diverged {np.isinf(vals).sum()} of {len(vals)}'
+    def cell(vals):
+        if vals is None: return ''
+        if np.isfinite(vals).all(): return mean_std(vals, 3 if metric == 'accuracy' else 1)
+        return f'diverged {np.isinf(vals).sum()} of {len(vals)}'
     return pd.DataFrame([{metric: name, **{f'lr {lr:g}': cell(v.get(lr)) for lr in lrs}} for name,v in at.items()])
 
 # %% ../../nbs/50_experiments.sweep.ipynb #f049c876
@@ -158,10 +163,13 @@ def curves_figure(
     xlabel:str='epoch',
 ) -> plt.Figure:
     "Curves of all contenders, a panel for each learning rate that several of them share"
-    at = lines(records, curve)
-    lrs = [lr for lr in sorted({lr for v in at.values() for lr in v}, reverse=True) if sum(lr in v for v in at.values()) > 1 or len(at) == 1]
+    at,opt = lines(records, curve),dict(zip(labels(records), (r['opt'] for r in records)))
+    count = Counter(lr for v in at.values() for lr in v)
+    lrs = [lr for lr in sorted(count, reverse=True) if count[lr] > 1 or len(at) == 1]
     axs = np.atleast_1d(new_axes(n=max(1, len(lrs)), figsize=(3.2*max(1, len(lrs))+1.5, 3.2)))
-    for ax,lr in zip(axs, lrs): plot_curves({name: v.get(lr, []) for name,v in at.items()}, ylabel, ax, every, xlabel).set_title(f'lr {lr:g}')
+    for ax,lr in zip(axs, lrs):
+        runs = {name: v.get(lr, []) for name,v in at.items()}
+        plot_curves(runs, ylabel, ax, every, xlabel, [opt[name] for name in at]).set_title(f'lr {lr:g}')
     for ax in axs[1:]: ax.sharey(axs[0])
     axs[-1].legend(loc='center left', bbox_to_anchor=(1,.5), fontsize='small')
     return axs[0].figure
@@ -172,7 +180,9 @@ def show_sweep(
 ) -> dict: # File name → `DataFrame` or figure
     "Tables and figures of a metric against the learning rate"
     at = {name: {lr: v for lr,v in by.items() if np.isfinite(v).all()} for name,by in lines(records, partial(last, metric=metric)).items()}
-    return dict(results=sweep_table(records, metric), merit=merit_table(records, metric), sweep=plot_sweep(at, 'learning rate', metric).figure,
+    opt = dict(zip(labels(records), (r['opt'] for r in records)))
+    return dict(results=sweep_table(records, metric), merit=merit_table(records, metric),
+                sweep=plot_sweep(at, 'learning rate', metric, opts=[opt[name] for name in at]).figure,
                 curves=curves_figure(records, lambda r: [e[metric] for e in r['epochs']], metric))
 
 def write_shown(

@@ -47,8 +47,9 @@ def show_variance(
     for ax,(b,df) in zip(axs, frames.items()): plot_lr_variance(df, ax).set_title(f'β2 {b:g}')
     steps = [t for t in (1,5,6,10,20,40,80) if t <= min(map(len, frames.values()))]
     def text(v): return '∞' if np.isnan(v) else f'{v:.3g}'
-    rows = [{'β2': f'{b:g}', 'update': t, 'rho': f'{df.rho[t-1]:.2f}', 'analytic, first order': text(df.first_order[t-1]), 'analytic, exact': text(df.exact[t-1]),
-             'simulated': f'{df.normal[t-1]:.3g}', 'measured, one σ for all': f'{df.pooled[t-1]:.3g}', 'measured, each its own σ': f'{df.scaled[t-1]:.3g}'}
+    rows = [{'β2': f'{b:g}', 'update': t, 'rho': f'{df.rho[t-1]:.2f}', 'analytic, first order': text(df.first_order[t-1]),
+             'analytic, exact': text(df.exact[t-1]), 'simulated': f'{df.normal[t-1]:.3g}',
+             'measured, one σ for all': f'{df.pooled[t-1]:.3g}', 'measured, each its own σ': f'{df.scaled[t-1]:.3g}'}
             for b,df in frames.items() for t in steps]
     return dict(results=pd.DataFrame(rows), variance=axs[0].figure)
 
@@ -71,10 +72,12 @@ def show_degenerate(
     if not by: return {} # nothing to compare with
     def away(r): return np.abs(np.array(r['steps']['loss']) - sgd[r['seed']])
     def row(b, rs):
-        return {'β2': f'{b:.4g}', 'rho_inf': f'{rho_inf(b):.3g}', 'runs': len(rs), 'updates': sum(r['n_steps'] for r in rs), 'of them adaptive': sum(sum(r['steps']['adaptive']) for r in rs),
+        return {'β2': f'{b:.4g}', 'rho_inf': f'{rho_inf(b):.3g}', 'runs': len(rs), 'updates': sum(r['n_steps'] for r in rs),
+                'of them adaptive': sum(sum(r['steps']['adaptive']) for r in rs),
                 'largest difference in loss from momentum SGD': f'{max(away(r).max() for r in rs):.3g}'}
     ax = new_axes(figsize=(7.5, 3.6))
-    for i,(b,rs) in enumerate(sorted(by.items())): ax.plot(1 + np.arange(rs[0]['n_steps']), away(rs[0]), lw=1, color=color(i), label=f'β2 {b:.4g}')
+    for i,(b,rs) in enumerate(sorted(by.items())):
+        ax.plot(1 + np.arange(rs[0]['n_steps']), away(rs[0]), lw=1, color=color(i), label=f'β2 {b:.4g}')
     ax.set(xlabel='update', ylabel='|loss - loss of momentum SGD|')
     ax.set_yscale('symlog', linthresh=1e-6)
     ax.legend(fontsize='small', loc='center left', bbox_to_anchor=(1, .5))

@@ -65,8 +65,8 @@ def save_checkpoint(
     except RuntimeError as e: raise cannot_write(path, disk_error(e)) from e
 
 # %% ../../nbs/33_recipes.checkpoint.ipynb #66bab2a9
-_form = dict(run=str, epoch=int, n_epoch=int, train_iter=int, model=dict, opt=dict, smooth_loss=list, scaler=(dict,type(None)), steps=list, epochs=list,
-             hypers=(list,type(None)), notes=dict)
+_form = dict(run=str, epoch=int, n_epoch=int, train_iter=int, model=dict, opt=dict, smooth_loss=list, scaler=(dict,type(None)), steps=list,
+             epochs=list, hypers=(list,type(None)), notes=dict)
 
 def _wrong(state):
     "What keeps `state` from being a run's, or `None`"
@@ -75,7 +75,8 @@ def _wrong(state):
     for k in 'steps','epochs','hypers':
         if not all(isinstance(o, dict) and o.keys() == state[k][0].keys() for o in state[k] or []): return f'its {k} are no rows of a table'
     numbers = [*state['smooth_loss'], *(state['scaler'] or {}).values()]
-    if len(state['smooth_loss']) != 2 or not all(isinstance(o, Real) or isinstance(o, Tensor) and o.numel() == 1 for o in numbers): return 'its loss is no number'
+    sound = len(state['smooth_loss']) == 2 and all(isinstance(o, Real) or isinstance(o, Tensor) and o.numel() == 1 for o in numbers)
+    if not sound: return 'its loss is no number'
 
 def load_checkpoint(
     path:Path, # File from `save_checkpoint`
@@ -105,12 +106,14 @@ def restore_run(
     state:dict, # From `run_state`
 ):
     "Put `state` into `learn` and `rec`; a `RecipeError` if it does not fit, with nothing changed"
-    if learn.n_epoch != state['n_epoch']: raise RecipeError(f"the checkpoint of {state['run']} is of a run of {state['n_epoch']} epochs, not {learn.n_epoch}")
+    if learn.n_epoch != state['n_epoch']:
+        raise RecipeError(f"the checkpoint of {state['run']} is of a run of {state['n_epoch']} epochs, not {learn.n_epoch}")
     scaler = getattr(learn, 'scaler', None)
     if state['scaler'] and set(state['scaler']) != set(scaler.state_dict() if scaler else ()):
         raise RecipeError(f"the checkpoint of {state['run']} has the loss scale of another precision")
     try: load_all(learn, state['model'], state['opt'])
-    except ValueError as e: raise RecipeError(f"the checkpoint of {state['run']} does not fit the model or the optimizer: {' '.join(str(e).split())}") from e
+    except ValueError as e:
+        raise RecipeError(f"the checkpoint of {state['run']} does not fit the model or the optimizer: {' '.join(str(e).split())}") from e
     learn.recorder.smooth_loss.val,learn.recorder.smooth_loss.count = state['smooth_loss']
     if state['scaler']: scaler.load_state_dict(state['scaler'])
     learn.train_iter = state['train_iter']

@@ -186,7 +186,9 @@ def _run(func, pos):
             _say('interrupted' + ('; --resume goes on from the last whole epoch' if 'resume' in o else ''))
             raise SystemExit(130) from None
 
-def _is_script(frame): return frame.f_globals.get('__name__') == '__main__' and '__file__' in frame.f_globals and frame.f_locals is frame.f_globals
+def _is_script(frame):
+    g = frame.f_globals
+    return g.get('__name__') == '__main__' and '__file__' in g and frame.f_locals is g
 
 def command(
     func=None, # Function with docments

@@ -58,7 +58,8 @@ def unpack(
             except Exception as e: # of a damaged archive, tarfile and what unpacks for it raise anything
                 raise RecipeError(f'{a} could not be unpacked ({e}); nothing of it is used') from e
         found = list(tmp.iterdir())
-        if len(found) != 1 or not found[0].is_dir(): raise RecipeError(f'{archives[0]}: should hold one folder, holds {len(found)} files or folders')
+        if len(found) != 1 or not found[0].is_dir():
+            raise RecipeError(f'{archives[0]}: should hold one folder, holds {len(found)} files or folders')
         os.rename(found[0], dest)
     return dest
 
@@ -96,7 +97,8 @@ def download(
     if dest.exists(): return dest
     with building(archive):
         try: archive = d.download(url)
-        except Exception as e: raise RecipeError(f'could not download {url} ({e}): name a folder with --path') from e # fastdownload's own are of this type
+        except Exception as e: # fastdownload's own are of this type
+            raise RecipeError(f'could not download {url} ({e}): name a folder with --path') from e
     return unpack([archive], dest)
 
 # %% ../../nbs/37_recipes.data.ipynb #ebc5c52b
@@ -109,7 +111,8 @@ def image_files(
     check((path/split).is_dir(), f'--path {path}: holds no folder {split}; looked for {path/split}')
     files = {d.name: sorted(get_image_files(d)) for d in sorted((path/split).iterdir()) if d.is_dir()}
     files = {k: fs for k,fs in files.items() if fs}
-    check(len(files)==n_classes, f'--path {path}: {path/split} should hold images of {n_classes} classes, one folder each, found {len(files)}')
+    check(len(files)==n_classes,
+          f'--path {path}: {path/split} should hold images of {n_classes} classes, one folder each, found {len(files)}')
     return files
 
 # %% ../../nbs/37_recipes.data.ipynb #41c9772c
@@ -120,7 +123,8 @@ def split_files(
 ) -> tuple[dict, dict]: # Class → sorted files, of training and validation
     "The images of both splits, which must have the same classes"
     train,valid = (image_files(path, s, n_classes) for s in splits)
-    check(train.keys()==valid.keys(), f"--path {path}: {splits[0]} and {splits[1]} have different classes: {', '.join(sorted(train.keys() ^ valid.keys()))}")
+    check(train.keys()==valid.keys(),
+          f"--path {path}: {splits[0]} and {splits[1]} have different classes: {', '.join(sorted(train.keys() ^ valid.keys()))}")
     return train,valid
 
 def digest(
@@ -220,7 +224,8 @@ def tensor_dls(
 ) -> DataLoaders: # Training batches in random order, the last incomplete one dropped, and validation batches
     "Batches of tensors that are in memory"
     train,valid = (TensorDataset(*(t.to(default_device()) for t in ts)) for ts in (train, valid))
-    return DataLoaders(TensorDL(train, bs, augment, shuffle=True, drop_last=True, device=default_device()), TensorDL(valid, bs, device=default_device()))
+    return DataLoaders(TensorDL(train, bs, augment, shuffle=True, drop_last=True, device=default_device()),
+                       TensorDL(valid, bs, device=default_device()))
 
 # %% ../../nbs/37_recipes.data.ipynb #a91bc408
 def digits(

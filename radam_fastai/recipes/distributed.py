@@ -51,7 +51,8 @@ class BatchShareDL(DistributedDL):
 # %% ../../nbs/34_recipes.distributed.ipynb #4a5517a0
 class BatchShareTrainer(DistributedTrainer):
     "Train with `BatchShareDL`s, and add up what the processes find in validation"
-    def __init__(self): super().__init__(sync_bn=torch.cuda.is_available(), cpu=not torch.cuda.is_available()) # PyTorch synchronises batch norm on GPUs only
+    def __init__(self): # PyTorch synchronises batch norm on GPUs only
+        super().__init__(sync_bn=torch.cuda.is_available(), cpu=not torch.cuda.is_available())
     def _wrap_dl(self, dl): return dl if isinstance(dl, BatchShareDL) else BatchShareDL(dl, device=self.learn.model.device)
     def before_validate(self):
         super().before_validate()
@@ -70,6 +71,7 @@ class BatchShareTrainer(DistributedTrainer):
 def joined():
     "Work with the other processes of a launch; yields a function that waits for all of them"
     if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
-    if not torch.distributed.is_initialized(): atexit.register(lambda: PartialState().destroy_process_group()) # a process may do several jobs
+    if not torch.distributed.is_initialized(): # a process may do several jobs
+        atexit.register(lambda: PartialState().destroy_process_group())
     group = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(minutes=10))
     with open(os.devnull, 'w') as null, nullcontext() if is_main() else redirect_stdout(null): yield group.wait_for_everyone

@@ -54,7 +54,8 @@ def find_images(
     if path is not None: return find_folder(path, ['train','val'], copy)
     path = download(f'{URLs.S3_IMAGE}{copy}.tgz')
     n = tuple(sum(map(len, files.values())) for files in split_files(path))
-    check(n == OFFICIAL[name], f'{path} holds {n[0]} training and {n[1]} validation images, not {OFFICIAL[name]}: delete it to download it again')
+    check(n == OFFICIAL[name],
+          f'{path} holds {n[0]} training and {n[1]} validation images, not {OFFICIAL[name]}: delete it to download it again')
     return path,f'official {copy}.tgz'
 
 # %% ../../nbs/41_recipes.imagenette.ipynb #9fe0403f
@@ -65,10 +66,12 @@ def first_split(
 ) -> tuple[dict, dict]: # Class → files, sorted by name, of the first version's training and validation set
     "The same images, divided as in Imagenette's first version; an `OptionError` unless they have ImageNet's names"
     files = {k: sorted(train[k]+valid[k], key=lambda f: f.name) for k in train}
-    parts = tuple({k: [f for f in fs if f.name.startswith('ILSVRC2012_val_') == held_out] for k,fs in files.items()} for held_out in (False,True))
+    def part(held_out): return {k: [f for f in fs if f.name.startswith('ILSVRC2012_val_') == held_out] for k,fs in files.items()}
+    parts = part(False),part(True)
     n,n_val = (sum(map(len, o.values())) for o in (files, parts[1]))
     check(n == (n_images or n) and all(len(fs)==50 for fs in parts[1].values()),
-          f"--split v1: needs {f'the {n_images:,}' if n_images else 'all'} images under ImageNet's names, 50 of each class called ILSVRC2012_val_…; found {n:,}, {n_val:,} of them so called")
+          f"--split v1: needs {f'the {n_images:,}' if n_images else 'all'} images under ImageNet's names, "
+          f"50 of each class called ILSVRC2012_val_…; found {n:,}, {n_val:,} of them so called")
     return parts
 
 # %% ../../nbs/41_recipes.imagenette.ipynb #a8c70a38
@@ -88,7 +91,8 @@ def get_dls(
     "Training batches in random order, the last incomplete one dropped, and validation batches"
     batch_tfms = [Normalize.from_stats(*imagenet_stats)]*norm + ([RandomErasing(p=.3, max_count=3, sh=sh)] if sh else [])
     block = DataBlock((ReadableImageBlock, CategoryBlock), dl_type=ItemSeedDL, get_y=parent_label,
-                      splitter=IndexSplitter(range(len(train), len(train)+len(valid))), item_tfms=[AUGS[aug](size), FlipItem(.5)], batch_tfms=batch_tfms)
+                      splitter=IndexSplitter(range(len(train), len(train)+len(valid))),
+                      item_tfms=[AUGS[aug](size), FlipItem(.5)], batch_tfms=batch_tfms)
     return block.dataloaders(train+valid, bs=bs, num_workers=workers)
 
 # %% ../../nbs/41_recipes.imagenette.ipynb #a499c70f
@@ -131,7 +135,9 @@ def check_size(
     try:
         with torch.device('meta'): model_of(s)(torch.zeros(2, 3, s.size, s.size))
     except ImportError: check(False, f"--pool {s.pool}: needs the package timm; pip install 'radam_fastai[blur]', or choose another --pool")
-    except RuntimeError: check(False, f"--size {s.size}: {s.arch} with --pool {s.pool} does not fit it; choose another --size, or --pool AvgPool, which fits all")
+    except RuntimeError:
+        check(False, f'--size {s.size}: {s.arch} with --pool {s.pool} does not fit it; '
+                     'choose another --size, or --pool AvgPool, which fits all')
 
 # %% ../../nbs/41_recipes.imagenette.ipynb #2f469573
 def get_learner(
@@ -191,14 +197,17 @@ def get_runs(
 ) -> list: # `Run`s
     "A run for every seed"
     def make(seed): return get_learner(get_dls(*balanced(*files, s.n_items, seed), s.size, s.bs, s.aug, s.norm, s.sh, workers), s)
-    data = dict(data, name=path.name, split=s.split, size=s.size, classes=len(files[0]), digest=digest([f for part in files for fs in part.values() for f in fs], path))
+    every = [f for part in files for fs in part.values() for f in fs]
+    data = dict(data, name=path.name, split=s.split, size=s.size, classes=len(files[0]), digest=digest(every, path))
     options = {k: v for k,v in s.options().items() if k != 'split'} # which `data` has
     return [Run(f'{s.arch}-{s.opt}-{seed}', seed, options, partial(make, seed), s.fit, data, about) for seed in seeds]
 
 # %% ../../nbs/41_recipes.imagenette.ipynb #5194b249
 @command
 def main(
-    preset:str='radam', # radam, over9000-adam, over9000-radam, over9000-ranger, fastai-2020-01, leaderboard-2020-10, article, article-record, over9000-v1-adam, over9000-v1-radam, over9000-v1-ranger or ranger-mish-2019-09
+    # radam, over9000-adam, over9000-radam, over9000-ranger, fastai-2020-01, leaderboard-2020-10, article,
+    # article-record, over9000-v1-adam, over9000-v1-radam, over9000-v1-ranger or ranger-mish-2019-09
+    preset:str='radam',
     path:Path=None, # Folder that holds `train` and `val`, or archives of them; downloaded if not given
     woof:Flag=False, # Imagewoof instead of Imagenette
     split:str=None, # v1 (500 validation images, until December 2019) or v2 (3,925)

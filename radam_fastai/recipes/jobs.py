@@ -37,7 +37,7 @@ class Run:
     fit:Callable[[Learner], None] # Trains it, by one call of `fit` or one of its relatives
     data:dict # Description of the data; `train` and `valid`, the numbers of items, are added if missing
     about:dict = field(default_factory=dict) # What else to record
-    observers:Callable[[Learner], list] = lambda learn: [] # Makes callbacks that watch its first epoch; their `note()`, plain values, is recorded
+    observers:Callable[[Learner], list] = lambda learn: [] # Makes callbacks for its first epoch; their `note()`, plain values, is recorded
 
 # %% ../../nbs/36_recipes.jobs.ipynb #f5606863
 def begin(
@@ -68,8 +68,8 @@ def finish(
     "The record of a run that is complete"
     by_column = {k: [s[k] for s in steps] for k in steps[0]}
     last = {k: about['sittings'][-1][k] for k in ('versions','device')}
-    return dict({**about, **last}, began=about['sittings'][0]['began'], hypers=hypers, n_steps=len(steps), rectifier=rectifier_summary(steps),
-                epochs=epochs, notes=notes, steps=by_column)
+    return dict({**about, **last}, began=about['sittings'][0]['began'], hypers=hypers, n_steps=len(steps),
+                rectifier=rectifier_summary(steps), epochs=epochs, notes=notes, steps=by_column)
 
 # %% ../../nbs/36_recipes.jobs.ipynb #cb836e69
 def train_run(
@@ -126,7 +126,8 @@ def check_same(
     data = {k: v for k,v in plain(run.data).items() if k in found['data'] and found['data'][k] != v}
     differ = [f"{k} {theirs.get(k)}, not {mine.get(k)}" for k in dict.fromkeys([*theirs, *mine]) if theirs.get(k) != mine.get(k)]
     differ += [f"data with {k} {found['data'][k]}, not {v}" for k,v in data.items()]
-    check(not differ, f"--resume: {found['run']} in {out} was begun with {'; '.join(differ)}: give what it was begun with, or another --out")
+    check(not differ,
+          f"--resume: {found['run']} in {out} was begun with {'; '.join(differ)}: give what it was begun with, or another --out")
 
 _begun = dict(recipe=str, opt=str, secs=(int,float), sittings=list)
 _sitting = dict(epoch=int, began=str, versions=dict, device=dict)
@@ -156,7 +157,8 @@ def check_finished(
     "Raise an `OptionError` if some of `runs` were begun in `out`, and not all of them are finished"
     taken = {run.name: taken_names(run, out, done) for run in runs}
     left = [(t or [name])[-1] for name,t in taken.items() if not t or t[-1] not in done]
-    check(not (left and any(taken.values())), f"--out {out}: {left[0] if left else ''} is not finished there; --resume goes on with this job, --anew begins it again")
+    check(not (left and any(taken.values())),
+          f"--out {out}: {left[0] if left else ''} is not finished there; --resume goes on with this job, --anew begins it again")
 
 def plan_run(
     run:Run, # Asked for
@@ -194,7 +196,8 @@ def processes():
         yield lambda: None
         return
     try: from radam_fastai.recipes.distributed import joined
-    except ImportError as e: raise RecipeError(f"several processes need the package accelerate: pip install 'radam_fastai[dist]' ({e})") from e
+    except ImportError as e:
+        raise RecipeError(f"several processes need the package accelerate: pip install 'radam_fastai[dist]' ({e})") from e
     with joined() as wait: yield wait
 
 # %% ../../nbs/36_recipes.jobs.ipynb #fa92b71d
@@ -219,8 +222,10 @@ def run_job(
         wait() # until all have read
         res = []
         for run,name,record,state in plan:
-            if record and record.get('kept') is False and not keep and is_main(): (out/f'{name}.pth').unlink(missing_ok=True) # killed before it was deleted
-            print(f"\n{name}" + (': finished before' if record else f": goes on after epoch {state['epoch']} of {state['n_epoch']}" if state else ''))
+            if record and record.get('kept') is False and not keep and is_main(): # killed before it was deleted?
+                (out/f'{name}.pth').unlink(missing_ok=True)
+            begun = ': finished before' if record else f": goes on after epoch {state['epoch']} of {state['n_epoch']}" if state else ''
+            print(f'\n{name}{begun}')
             res.append(record or train_run(run, name, out, recipe, state, keep))
         if is_main(): (write or report)(out, anew=False)
     return res

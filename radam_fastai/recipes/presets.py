@@ -16,7 +16,7 @@ from .optims import OPTION,Settings,optims,takes
 from fastai.vision.models import xresnet
 
 # %% ../../nbs/40_recipes.presets.ipynb #685c4be1
-ARCHS = {name: getattr(xresnet, name) for name in xresnet.__all__ if name.startswith('x') and name != 'xsenet154'} # fastai's xsenet154 cannot be made
+ARCHS = {k: getattr(xresnet, k) for k in xresnet.__all__ if k.startswith('x') and k != 'xsenet154'} # fastai's xsenet154 cannot be made
 
 @dataclass(frozen=True, kw_only=True)
 class ImagenetteSettings(Settings):
@@ -53,7 +53,8 @@ PRESETS = { # name: (what it changes in COMMON, published figure)
     'over9000-radam': ({}, dict(_over9000, mean=.7696, std=.0084)),
     'over9000-ranger': (dict(opt='ranger'), dict(_over9000, mean=.7844, std=.0056)),
     'fastai-2020-01': (_2020_01, dict(mean=.8471, runs=1, source='https://github.com/fastai/imagenette/blob/master/2020-01-train.md')),
-    'leaderboard-2020-10': (_2020_10, dict(mean=.8743, runs=5, source='https://radekosmulski.com/how-to-reach-the-top-of-the-imagenette-leaderboard/')),
+    'leaderboard-2020-10': (_2020_10, dict(mean=.8743, runs=5,
+        source='https://radekosmulski.com/how-to-reach-the-top-of-the-imagenette-leaderboard/')),
     'article': (dict(split='v1'), dict(_article, mean=.86)),
     'article-record': (dict(_adam, split='v1'), dict(_article, mean=.846)),
     'over9000-v1-adam': (dict(_adam, split='v1'), dict(_over9000_v1, mean=.8494, std=.0087)),
@@ -72,7 +73,8 @@ def resolve(
     theirs = ImagenetteSettings(**PRESETS[preset][0])
     s = replace(theirs, **({'fp16':False} if given.get('bf16') else {}) | given)
     for k,scheds in dict(div=['one_cycle'], pct_start=['one_cycle','flat_cos']).items():
-        check(s.sched in scheds or k not in given, f"--{k.replace('_','-')} {given.get(k)}: {s.sched} has none; choose --sched {' or '.join(scheds)}")
+        check(s.sched in scheds or k not in given,
+              f"--{k.replace('_','-')} {given.get(k)}: {s.sched} has none; choose --sched {' or '.join(scheds)}")
     for k in ('sqr_mom','eps','beta'): check(not given.get(k) or takes(s.opt, k), f"--{OPTION.get(k, k)} {given.get(k)}: {s.opt} has none")
     mine,others = s.options(),theirs.options()
     return s,[k for k in COMMON if mine[k] != others[k] and k not in ('fp16','bf16')]

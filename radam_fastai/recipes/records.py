@@ -34,7 +34,8 @@ class RunRecorder(Callback):
     def after_step(self):
         self.skipped,skipped = False,self.skipped
         if skipped: return
-        if self.hypers is None: self.hypers = [{k: float(v) for k,v in h.items()} for h in self.opt.hypers] # `fit` sets lr, then the schedule does
+        if self.hypers is None: # `fit` sets lr, then the schedule does
+            self.hypers = [{k: float(v) for k,v in h.items()} for h in self.opt.hypers]
         step,now = read_last(self.opt)
         self.steps.append(dict(step=step, loss=to_detach(self.loss.mean()).item(), lr=now.lr, effective_lr=now.effective_lr, mom=now.mom,
                                adaptive=now.adaptive, rect=None if np.isnan(now.rect) else now.rect)) # JSON has no NaN
@@ -90,10 +91,10 @@ def steps_frame(
 ) -> pd.DataFrame: # One row per step: `step`, `loss`, `rho`, `rect`, `adaptive`, `lr`, `effective_lr`, `mom` (if recorded), `sqr_mom`
     "The steps of a run as a table; ρ and r_t are NaN where nothing is rectified"
     s,sqr_mom,rectifies = record['steps'],record['hypers'][-1]['sqr_mom'],record.get('rectifier') is not None
-    df = pd.DataFrame({'step': s['step'], 'loss': np.array(s['loss'], dtype=float), 'rho': [rho(t, sqr_mom) if rectifies else np.nan for t in s['step']],
-                       'rect': np.array(s['rect'], dtype=float), 'adaptive': s.get('adaptive', [not rectifies or r is not None for r in s['rect']]), # older records have no such column
-                      
-                       'lr': s['lr'], 'effective_lr': s['effective_lr'], 'sqr_mom': sqr_mom})
+    adaptive = s.get('adaptive', [not rectifies or r is not None for r in s['rect']]) # older records have no such column
+    df = pd.DataFrame({'step': s['step'], 'loss': np.array(s['loss'], dtype=float),
+                       'rho': [rho(t, sqr_mom) if rectifies else np.nan for t in s['step']], 'rect': np.array(s['rect'], dtype=float),
+                       'adaptive': adaptive, 'lr': s['lr'], 'effective_lr': s['effective_lr'], 'sqr_mom': sqr_mom})
     if 'mom' in s: df.insert(7, 'mom', s['mom'])
     return df
 
@@ -166,18 +167,23 @@ def wrong_run(
     r:dict, # A record
 ) -> str|None: # What is wrong, such as `it has no opt`
     "What keeps `r` from being the record of a run, or `None`"
-    if wrong := wrong_form(r, _whole) or next((f'of its {k}, {w}' for k,form in _parts.items() if (w := wrong_form(r[k], form))), None): return wrong
+    if wrong := wrong_form(r, _whole): return wrong
+    for k,form in _parts.items():
+        if wrong := wrong_form(r[k], form): return f'of its {k}, {wrong}'
     name,epochs,steps,hypers = r['run'],r['epochs'],r.get('steps', {}),r.get('hypers')
-    if not name or PureWindowsPath(name).name != name or name.startswith('.') or not _is_text(name): return f'its run {name!r} is no plain file name'
+    plain = name and PureWindowsPath(name).name == name and not name.startswith('.') and _is_text(name)
+    if not plain: return f'its run {name!r} is no plain file name'
     if not _is_text(r['opt']): return 'its opt is no name'
     if not epochs: return 'it has no epochs'
     if wrong := next((w for e in epochs if (w := wrong_form(e, _epoch))), None): return f'of its epochs, {wrong}'
     if not _is_table([[*e.values()] for e in epochs], (Real,type(None))): return 'its epochs are no table of numbers'
     if not isinstance(steps, dict) or not _is_table(steps.values(), (Real,type(None))): return 'its steps are no table of numbers'
     if 'step' in steps and (wrong := wrong_form(steps, _step)): return f'of its steps, {wrong}'
-    if 'step' in steps and not (isinstance(hypers, list) and hypers and not wrong_form(hypers[-1], dict(sqr_mom=Real))): return 'it has no sqr_mom'
+    known = isinstance(hypers, list) and hypers and not wrong_form(hypers[-1], dict(sqr_mom=Real))
+    if 'step' in steps and not known: return 'it has no sqr_mom'
     pub = r.get('published')
-    if pub and (wrong := wrong_form(pub, dict(metric=str, mean=Real)) or pub['metric'] not in epochs[-1] and f"no epoch has its {pub['metric']}"): return f'of its published, {wrong}'
+    if pub and (wrong := wrong_form(pub, dict(metric=str, mean=Real))): return f'of its published, {wrong}'
+    if pub and pub['metric'] not in epochs[-1]: return f"of its published, no epoch has its {pub['metric']}"
 
 # %% ../../nbs/32_recipes.records.ipynb #604e5b8e
 def read_runs(

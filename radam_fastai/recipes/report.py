@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from ..plot import plot_runs,plot_summary
+from ..plot import plot_published,plot_runs,plot_summary
 from .cli import check
 from ..files import replacing
 from .records import read_runs,steps_frame
@@ -41,7 +41,8 @@ def groups(
     records:list, # Of runs
 ) -> dict: # Text that tells the group from the others → its records, in the order of the records
     "The runs that differ in nothing but the seed"
-    varying = [k for k in dict.fromkeys(k for r in records for k in settings(r)) if len({json.dumps(settings(r).get(k)) for r in records}) > 1]
+    options = dict.fromkeys(k for r in records for k in settings(r))
+    varying = [k for k in options if len({json.dumps(settings(r).get(k)) for r in records}) > 1]
     res = {}
     for r in records: res.setdefault(_asked(r), []).append(r)
     def label(r):
@@ -82,12 +83,13 @@ def compare(
 # %% ../../nbs/35_recipes.report.ipynb #5e7fd097
 def summary(
     records:list, # Of runs
-) -> pd.DataFrame: # Columns `runs` (the group), `n`, the metrics, `minutes` a run; `published` and `difference` if any group has a published figure
+) -> pd.DataFrame: # Columns `runs` (the group), `n`, the metrics, `minutes` a run; `published` and `difference` if any group has them
     "Mean ± sample standard deviation over the runs of each group"
     rows = []
     for name,rs in groups(records).items():
         last,pub = pd.DataFrame([r['epochs'][-1] for r in rs]).drop(columns=['epoch','step','train_secs','secs']),rs[0].get('published')
-        row = {'runs': name, 'n': len(rs), **{k: mean_std(v) for k,v in last.items()}, 'minutes': f"{np.mean([r['secs'] for r in rs])/60:.1f}"}
+        minutes = f"{np.mean([r['secs'] for r in rs])/60:.1f}"
+        row = {'runs': name, 'n': len(rs), **{k: mean_std(v) for k,v in last.items()}, 'minutes': minutes}
         if pub: row.update(published=published_text(pub), difference=compare(last[pub['metric']], pub))
         rows.append(row)
     return pd.DataFrame(rows).fillna('')
@@ -117,14 +119,22 @@ def markdown_table(
 def conditions(
     records:list, # Of runs
 ) -> list[str]: # Sentences
-    "On which data and machines the runs were made, and where the published figures are from"
+    "On which data and machines, and with which precision, the runs were made, and where the published figures are from"
     def each(f): return '; '.join(dict.fromkeys(f(r) for r in records))
-    def data(r): return ', '.join([f"{r['data']['name']}", f"{r['data']['train']:,} training and {r['data']['valid']:,} validation {r['data'].get('unit', 'items')}", *([r['data']['source']] if 'source' in r['data'] else [])])
-    def machine(r): return f"{r['device']['name']}, {r['device']['threads']} thread{'s'*(r['device']['threads']>1)}; python {r['versions'].get('python','?')}, torch {r['versions']['torch']}, fastai {r['versions']['fastai']}"
+    def data(r):
+        d = r['data']
+        items = f"{d['train']:,} training and {d['valid']:,} validation {d.get('unit', 'items')}"
+        return ', '.join([d['name'], *([f"split {d['split']}"] if 'split' in d else []), items, *([d['source']] if 'source' in d else [])])
+    def machine(r):
+        o,v,n = r['options'],r['versions'],r['device']['threads']
+        precision = 'float16' if o.get('fp16') else 'bfloat16' if o.get('bf16') else 'float32'
+        device = f"{r['device']['name']}, {n} thread{'s'*(n>1)}, {precision}"
+        return f"{device}; python {v.get('python','?')}, torch {v['torch']}, fastai {v['fastai']}"
     sources = dict.fromkeys(f"{p['mean']:.4f}: {p['source']}" for r in records if (p := r.get('published')) and p.get('source'))
     res = [f'Data: {_plain(each(data))}.', f'Machine: {_plain(each(machine))}.']
     if any(r.get('published') for r in records): res.append(
-        'A difference is measured in its standard error (Welch: the root of the sum of the variances of both means). Published: ' + _plain('; '.join(sources)) + '.')
+        'A difference is measured in its standard error (Welch: the root of the sum of the variances of both means). Published: '
+        + _plain('; '.join(sources)) + '.')
     return res
 
 # %% ../../nbs/35_recipes.report.ipynb #2b531801
@@ -141,7 +151,9 @@ def terminal_table(
         if sum(sizes[j]+2 for j in blocks[-1]) + sizes[i] > width: blocks.append([0])
         blocks[-1].append(i)
     def line(block, parts): return '  '.join(f'{p:<{sizes[j]}}' for j,p in zip(block, parts)).rstrip()
-    def text(block): return '\n'.join(line(block, parts) for row in zip(*(cols[j] for j in block)) for parts in zip_longest(*row, fillvalue=''))
+    def text(block):
+        rows = zip(*(cols[j] for j in block))
+        return '\n'.join(line(block, parts) for row in rows for parts in zip_longest(*row, fillvalue=''))
     return '\n\n'.join(map(text, blocks))
 
 # %% ../../nbs/35_recipes.report.ipynb #ebbc2cc7
@@ -154,14 +166,6 @@ def save_figure(
     plt.close(fig)
     return path
 
-def save_plot(
-    records:list, # As for `plot_runs`
-    path:Path, # PNG file to write; its folder exists
-    title:str=None, # Above the panels
-) -> Path: # `path`
-    "Save the figure of `plot_runs` as a PNG"
-    return save_figure(plot_runs(records, title), path)
-
 # %% ../../nbs/35_recipes.report.ipynb #faa03a14
 def save_run(
     record:dict, # Of a run
@@ -169,7 +173,7 @@ def save_run(
 ):
     "Write `run.csv`, a row for every step, and `run.png`"
     with replacing(Path(folder)/f"{record['run']}.csv") as tmp: steps_frame(record).to_csv(tmp, index=False)
-    save_plot([record], Path(folder)/f"{record['run']}.png", record['run'])
+    save_figure(plot_runs([record], record['run']), Path(folder)/f"{record['run']}.png")
 
 # %% ../../nbs/35_recipes.report.ipynb #90e68c78
 def find_records(
@@ -190,10 +194,15 @@ def report(
     found = find_records(folder)
     for sub,rs in found.items():
         for r in rs:
-            if 'step' in r.get('steps', {}) and (anew or not all((sub/f"{r['run']}.{ext}").exists() for ext in ('csv','png'))): save_run(r, sub)
+            there = all((sub/f"{r['run']}.{ext}").exists() for ext in ('csv','png'))
+            if 'step' in r.get('steps', {}) and (anew or not there): save_run(r, sub)
     records = once(r for rs in found.values() for r in rs)
     table,n = summary(records),sum(map(len, found.values()))-len(records)
-    with replacing(Path(folder)/'table.md') as tmp: tmp.write_text('\n'.join([markdown_table(table), *(f'{c}\n' for c in conditions(records)),
-                                               *[f'Left out: {n} that repeat the seed of another run.\n']*(n>0)]), encoding='utf-8')
-    save_figure(plot_summary(groups(records)), Path(folder)/'all.png')
+    left_out = [f'Left out: {n} that repeat the seed of another run.']*(n>0)
+    text = '\n'.join([markdown_table(table), *(f'{c}\n' for c in [*conditions(records), *left_out])])
+    with replacing(Path(folder)/'table.md') as tmp: tmp.write_text(text, encoding='utf-8')
+    by = groups(records)
+    save_figure(plot_summary(by), Path(folder)/'all.png')
+    if any(rs[0].get('published') for rs in by.values()):
+        save_figure(plot_published({k: rs for k,rs in by.items() if 'accuracy' in rs[0]['epochs'][-1]}), Path(folder)/'published.png')
     return table
