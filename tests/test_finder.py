@@ -43,7 +43,7 @@ def test_finder_leaves_everything_as_found(name):
     for a,b in zip(state, state2): assert a.keys() == b.keys() and all(torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k])) for k in a)
     pd.testing.assert_frame_equal(rows, learn.rectifier.to_frame())
     assert recorded == {k: list(getattr(learn.recorder, k)) for k in recorded}
-    assert not [cb for cb in learn.cbs if type(cb).__name__ == '_TakenLR']
+    assert not [cb for cb in learn.cbs if type(cb).__name__ == '_EffectiveLR']
 
 def test_finder_on_a_fresh_learner_leaves_no_optimizer():
     learn,again = recorded_learner(RAdam),recorded_learner(RAdam)
