@@ -28,7 +28,7 @@ from torch import Tensor
 from .bucket import Buckets, fastai_keys
 from .checkpoint import check_count
 from .functional import as_number
-from .optimizer import RAdamFn, AdamBase, fastai_names
+from .optimizer import AdamBase, RAdamFn, fastai_names
 from .rectify import untuned_exponential, untuned_linear
 
 # %% ../nbs/03_baselines.ipynb #b1414f09

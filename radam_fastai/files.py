@@ -8,8 +8,10 @@ A process can be killed while it writes, and a disk can be full. Whatever this p
 __all__ = []
 
 # %% ../nbs/24_files.ipynb #d472e16e
-import errno,os,shutil
-from contextlib import contextmanager,suppress
+import errno
+import os
+import shutil
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock

@@ -16,7 +16,7 @@ from copy import deepcopy
 import matplotlib.pyplot as plt
 import numpy as np
 from fastai.callback.core import Callback
-from fastai.callback.schedule import Learner # with `lr_find`
+from fastai.callback.schedule import Learner  # with `lr_find`
 from fastai.learner import Recorder
 from fastcore.meta import delegates
 
@@ -36,7 +36,8 @@ def _check_finder(opt, num_it):
     sqr_mom = read(how, 0, opt.hypers[-1]).sqr_mom
     if how.rule(updates_made(opt) + num_it//10 + 1, sqr_mom) is None:
         raise ValueError(f"num_it={num_it} with sqr_mom={sqr_mom:g}: suggestions ignore the first tenth of the updates, "
-                         "which has to cover the momentum phase. Use a larger num_it, or learn.lr_find if sqr_mom is too small to rectify at all")
+                         "which has to cover the momentum phase. Use a larger num_it, or learn.lr_find if sqr_mom is too small to rectify "
+                         "at all")
 
 # %% ../nbs/14_finder.ipynb #8b7d3f4e
 @delegates(Learner.lr_find)

@@ -21,8 +21,8 @@ from numbers import Real
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from threadpoolctl import ThreadpoolController
+from torch import Tensor
 from torch.nn import Parameter
 from torch.utils._mode_utils import no_dispatch
 

@@ -163,7 +163,7 @@ class _Saver(_Undo):
 
 # %% ../nbs/15_guard.ipynb #7552598c
 class StopOnNonFinite(_Saver):
-    "End the fit before an update whose loss or gradients are not finite; keep and save model and optimizer as the last good update left them"
+    "End a fit before an update whose loss or gradients are not finite; model and optimizer stay, and are saved, as before it"
     def __init__(self,
         path:str|Path=None, # File for model and optimizer, named as for `Learner.save`; `None`: none is written
         max_skips:int=25, # How many updates in a row a gradient scaler may skip, from 1

@@ -15,8 +15,16 @@ import warnings
 from importlib import import_module
 from importlib.util import find_spec
 
-from fastai.callback.core import (Callback, CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException,
-                                  CancelStepException, CancelTrainException, CancelValidException)
+from fastai.callback.core import (
+    Callback,
+    CancelBackwardException,
+    CancelBatchException,
+    CancelEpochException,
+    CancelFitException,
+    CancelStepException,
+    CancelTrainException,
+    CancelValidException,
+)
 
 from .recorder import PUBLISHED, RectifierRecorder
 from .watching import _sit_out

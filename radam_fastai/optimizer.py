@@ -101,7 +101,8 @@ class RAdam(AdamBase):
     ):
         check_threshold(threshold)
         super().__init__(params, partial(rectification, threshold=threshold), decouple_wd=decouple_wd, eps_debiased=eps_debiased,
-                         sgd_phase=sgd_phase,                          maximize=maximize, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, beta=beta)
+                         sgd_phase=sgd_phase,                          maximize=maximize, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd,
+                         beta=beta)
 
 # %% ../nbs/02_optimizer.ipynb #731e6278
 @patch

@@ -276,7 +276,8 @@ def plot_summary(
     axs[0].set(xlabel='epoch', ylabel=metric)
     axs[0].xaxis.get_major_locator().set_params(integer=True)
     axs[0].legend(handles=[plt.Line2D([], [], color=opt_color(o), label=o) for o in dict.fromkeys(opts)], fontsize='small')
-    axs[1].set(yticks=range(len(groups)), yticklabels=names, ylim=(len(groups)-.5, -.5), xlabel=f'{metric} after the last epoch: runs, mean ± standard deviation')
+    axs[1].set(yticks=range(len(groups)), yticklabels=names, ylim=(len(groups)-.5, -.5),
+               xlabel=f'{metric} after the last epoch: runs, mean ± standard deviation')
     return fig
 
 # %% ../nbs/23_plot.ipynb #fb2261d8

@@ -10,7 +10,7 @@ __all__ = ['Adam', 'SGD', 'AdamWarmupFn', 'Adam2kFn', 'no_warmup', 'linear_warmu
 
 # %% ../nbs/92_warmup.ipynb #c9391b71
 from .advisor import WarmupAdvisor, WarmupReport
-from .baselines import SGD, Adam, AdamWarmupFn, Adam2kFn, after, linear_warmup, never, no_warmup
+from .baselines import SGD, Adam, Adam2kFn, AdamWarmupFn, after, linear_warmup, never, no_warmup
 
 # %% ../nbs/92_warmup.ipynb #a1ac88c6
 _all_ = ['Adam', 'SGD', 'AdamWarmupFn', 'Adam2kFn', 'no_warmup', 'linear_warmup', 'after', 'never', 'WarmupAdvisor', 'WarmupReport']

@@ -2,17 +2,19 @@
 from contextlib import contextmanager
 from functools import partial
 
-import fastai.optimizer as fo, pytest, torch
+import fastai.optimizer as fo
+import pytest
+import torch
 from fastai.learner import Learner
 from fastai.losses import MSELossFlat
 from fastai.test_utils import RegModel, synth_dbunch
+from reference import plain_step, rel_err
 from torch import nn
 
-from radam_fastai.baselines import Adam, SGD
+from radam_fastai.baselines import SGD, Adam
 from radam_fastai.optimizer import RAdam, Ranger
 from radam_fastai.recorder import RectifierRecorder
 from radam_fastai.torch_optim import RAdam as TorchRAdam, RAdamWrapper
-from reference import plain_step, rel_err
 
 on_gpu = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')]
 def gpu_only(f): return on_gpu[0](on_gpu[1](f))
@@ -47,7 +49,8 @@ HYPERS = dict(lr=.01, mom=.9, sqr_mom=.99, eps=1e-5, wd=.01)
 TORCH = dict(lr=.01, betas=(.9, .99), eps=1e-5, weight_decay=.01, decoupled_weight_decay=True)
 OURS = {'RAdam': partial(RAdam, **HYPERS), 'RAdam, L2': partial(RAdam, **HYPERS, decouple_wd=False), 'Ranger': partial(Ranger, **HYPERS),
         'Adam': partial(Adam, **HYPERS), 'torch': partial(TorchRAdam, **TORCH), 'wrapper': partial(RAdamWrapper, **TORCH)}
-THEIRS = {'RAdam': partial(fo.RAdam, **HYPERS), 'RAdam, L2': partial(fo.RAdam, **HYPERS, decouple_wd=False), 'Ranger': partial(fo.ranger, **HYPERS),
+THEIRS = {'RAdam': partial(fo.RAdam, **HYPERS), 'RAdam, L2': partial(fo.RAdam, **HYPERS, decouple_wd=False),
+          'Ranger': partial(fo.ranger, **HYPERS),
           'Adam': partial(fo.Adam, **HYPERS), 'torch': partial(torch.optim.RAdam, **TORCH), 'wrapper': partial(torch.optim.RAdam, **TORCH)}
 TOLS = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: .1, torch.float16: .02} # two implementations round at other places
 in_all = pytest.mark.parametrize('dtype,tol', TOLS.items(), ids=[str(o)[6:] for o in TOLS])
@@ -158,7 +161,8 @@ def never_waiting(device, known=()):
     with pytest.MonkeyPatch.context() as m:
         if device == 'cuda': torch.cuda.set_sync_debug_mode('error')
         else:
-            for f in ('item', 'tolist', '__float__', '__int__', '__bool__', 'numpy'): m.setattr(torch.Tensor, f, guarded(getattr(torch.Tensor, f)))
+            for f in ('item', 'tolist', '__float__', '__int__', '__bool__', 'numpy'):
+                m.setattr(torch.Tensor, f, guarded(getattr(torch.Tensor, f)))
         try: yield
         finally:
             if device == 'cuda': torch.cuda.set_sync_debug_mode('default')

@@ -98,7 +98,8 @@ def test_image_learners_differ_in_the_optimizer_alone(folder):
 @pytest.mark.parametrize('opt', optims('recipe', 'experiment'))
 def test_contenders_honour_their_settings(opt):
     n = dict(n_steps=7) if opt in ('adam-warmup','adam-2k') else {}
-    o = ExperimentSettings(opt=opt, mom=.8, sqr_mom=.95, eps=1e-3, wd=.2, epochs=3, **n).opt_func()([torch.nn.Parameter(torch.ones(2))], lr=.1)
+    o = ExperimentSettings(opt=opt, mom=.8, sqr_mom=.95, eps=1e-3, wd=.2, epochs=3, **n).opt_func()([torch.nn.Parameter(torch.ones(2))],
+                                                                                                    lr=.1)
     want = dict(mom=.8, wd=.2) if opt == 'sgd' else dict(mom=.8, sqr_mom=.95, eps=1e-3, wd=.2)
     assert {k: o.hypers[0][k] for k in want} == want
     if n: assert o.settings['rule'].keywords == n

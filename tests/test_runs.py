@@ -15,7 +15,7 @@ from PIL import Image
 
 from radam_fastai.files import replacing
 from radam_fastai.recipes import demo
-from radam_fastai.recipes.cli import RecipeError, check_ranges
+from radam_fastai.recipes.cli import check_ranges
 from radam_fastai.recipes.jobs import Run, run_job
 from radam_fastai.recipes.optims import OPTIMS, SCHEDS, Optim, Settings, optims
 from radam_fastai.recipes.records import RunRecorder, append_record, read_records, read_runs, rectifier_summary, steps_frame

@@ -8,7 +8,10 @@ A recorder that slows training down is left out of the runs that matter. `radam-
 __all__ = []
 
 # %% ../../nbs/61_bench.callbacks.ipynb #9156949d
-import io, pickle, time, warnings
+import io
+import pickle
+import time
+import warnings
 from contextlib import redirect_stdout
 from importlib.util import find_spec
 from itertools import count
@@ -16,7 +19,18 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
-from .step import Bench, MODELS, OURS, paired_ratio, show, time_in_turn, time_models, waiter # before fastai, whose import warns
+from radam_fastai.bench.step import (  # before fastai, whose import warns
+    MODELS,
+    OURS,
+    Bench,
+    paired_ratio,
+    show,
+    time_in_turn,
+    time_models,
+    waiter,
+)
+
+# isort: split
 
 import numpy as np
 import pandas as pd
@@ -50,7 +64,8 @@ def callback_sets(
     def board(name): return _tensorboard(folder/name)
     def hist(): return GradientHistogram(every=10)
     def variance(): return AdaptiveLRVariance(n_steps=n_steps)
-    return {'none': [], 'none, again': [], 'RectifierRecorder': [rec()], '… and its csv': [rec('one')], '… and LogRectifier': [rec(), log()],
+    return {'none': [], 'none, again': [], 'RectifierRecorder': [rec()], '… and its csv': [rec('one')],
+            '… and LogRectifier': [rec(), log()],
             '… and TensorBoardCallback': [rec(), *board('one')], 'TensorBoardCallback': board('alone'),
             'GradientHistogram': [hist()], 'AdaptiveLRVariance': [variance()], 'WarmupAdvisor': [WarmupAdvisor()],
             'all': [rec('all'), log(), *board('all'), hist(), variance(), WarmupAdvisor()]}
@@ -135,7 +150,8 @@ def callback_rows(
         ms = time_in_turn(steps, rounds, warmup, seed, waiter(device), burst=10)
         for learn in learns.values(): learn('after_fit')
     return [dict(model=model, callbacks=k, ms=float(np.median(t)), ratio=paired_ratio(t, ms['none']), inside_ms=inside[k].secs*1e3/n_steps,
-                 inside_share=inside[k].secs*1e3/n_steps/float(np.median(ms['none'])), kept_bytes=kept_bytes(sets[k])/n_steps, n_steps=n_steps,
+                 inside_share=inside[k].secs*1e3/n_steps/float(np.median(ms['none'])), kept_bytes=kept_bytes(sets[k])/n_steps,
+                 n_steps=n_steps,
                  bs=bs, size=size)
             for k,t in ms.items()]
 
@@ -152,7 +168,8 @@ def plot_callbacks(
     for ax,(model,rows) in zip(np.ravel(fig.subplots(len(groups))), groups):
         rows = rows[::-1]
         ax.bar_label(ax.barh(rows.callbacks, 100*rows.inside_share, color=OURS), [f' {100*o:.2f} %' for o in rows.inside_share], fontsize=8)
-        ax.set(xlabel='time inside the callbacks (% of a training step)', title=f'{model}, {rows.bs.iloc[0]} images of {rows["size"].iloc[0]} px')
+        ax.set(xlabel='time inside the callbacks (% of a training step)',
+               title=f'{model}, {rows.bs.iloc[0]} images of {rows["size"].iloc[0]} px')
         ax.margins(x=.12)
         ax.spines[['top','right']].set_visible(False)
     return fig

@@ -8,18 +8,25 @@
 __all__ = []
 
 # %% ../../nbs/64_bench.gpu.ipynb #696bedcc
-import os, shlex, signal, subprocess, sys, time
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import radam_fastai
-from .step import Bench, facts # before fastai, whose import warns
+from .step import Bench, facts  # before fastai, whose import warns
+
+# isort: split
+import pandas as pd
+
 from ..recipes.cli import RecipeError
 from ..recipes.records import append_record, read_records
 from ..recipes.report import terminal_table
-
-import pandas as pd
 
 # %% ../../nbs/64_bench.gpu.ipynb #caf65aed
 class Part(NamedTuple):
@@ -35,7 +42,8 @@ def test_parts(
 ) -> list: # One part, or none where the tests are not installed
     "The tests for `device`: on a CPU, those of a GPU's that can run there"
     chosen = ['not cuda', f'{TESTS/"test_cuda.py"}'] if device == 'cpu' else ['cuda', f'{TESTS}']
-    return [Part('tests', ['-m', 'pytest', '-v', '-rs', '-p', 'no:cacheprovider', '--junit-xml={out}/junit.xml', '-m', *chosen], .4)]*TESTS.is_dir()
+    return [Part('tests', ['-m', 'pytest', '-v', '-rs', '-p', 'no:cacheprovider', '--junit-xml={out}/junit.xml', '-m', *chosen],
+                 .4)]*TESTS.is_dir()
 
 # %% ../../nbs/64_bench.gpu.ipynb #66795b84
 FULL = { # Folder → what `radam-bench` is to do, the most wanted first
@@ -61,7 +69,8 @@ def bench_parts(
     return [Part(k, ['-m', 'radam_fastai.bench.main', *line.split(), *rest]) for k,line in (QUICK if o.quick else FULL).items()]
 
 # %% ../../nbs/64_bench.gpu.ipynb #60a8f840
-PRESETS = (('radam','v2'), ('over9000-radam','v2'), ('over9000-adam','v2'), ('radam','v1'), ('over9000-ranger','v2'), ('article','v1'), ('article','v2'))
+PRESETS = (('radam','v2'), ('over9000-radam','v2'), ('over9000-adam','v2'), ('radam','v1'), ('over9000-ranger','v2'), ('article','v1'),
+           ('article','v2'))
 SEEDS = 5
 SMALL_RUN = '--epochs 1 --n-items 20 --size 32 --arch xresnet18 --workers 0'
 
@@ -72,7 +81,8 @@ def preset_parts(
     "The runs on Imagenette, the most wanted first"
     if path is None: return []
     def part(preset, split, n):
-        words = ['-m', 'radam_fastai.recipes.imagenette', '--preset', preset, '--split', split, '--path', f'{path}', '--runs', f'{n}', '--resume', '--out', '{out}']
+        words = ['-m', 'radam_fastai.recipes.imagenette', '--preset', preset, '--split', split, '--path', f'{path}', '--runs', f'{n}',
+                 '--resume', '--out', '{out}']
         return Part(f'{preset}-{split}', words + SMALL_RUN.split()*quick)
     return [part(*o, n) for n in range(1, 2 if quick else SEEDS+1) for o in PRESETS[:2 if quick else None]]
 
@@ -87,7 +97,8 @@ def run_part(
     folder.mkdir(parents=True, exist_ok=True)
     env = os.environ | dict(MPLBACKEND='Agg') | (dict(CUDA_VISIBLE_DEVICES='') if device == 'cpu' else {})
     with (folder/'log.txt').open('ab') as log:
-        proc = subprocess.Popen([sys.executable, *(w.replace('{out}', str(folder)) for w in part.words)], stdout=log, stderr=log, env=env, start_new_session=True)
+        proc = subprocess.Popen([sys.executable, *(w.replace('{out}', str(folder)) for w in part.words)], stdout=log, stderr=log, env=env,
+                                start_new_session=True)
         try: return 'failed' if proc.wait(secs) else 'done'
         except subprocess.TimeoutExpired: return 'cut off'
         finally:
@@ -130,7 +141,8 @@ def bench_gpu(
     df = run_parts(test_parts(o.device) + bench_parts(o) + preset_parts(o.path, o.quick), o)
     print(terminal_table(df, digits=0), f"{o.out}/*/: log.txt, records and pictures of each part", sep='\n')
     if df.status.isin(['cut off', 'not reached']).any(): print('the same command goes on with what is missing')
-    if failed := df.part[df.status == 'failed'].tolist(): raise RecipeError('failed: ' + ', '.join(f'{k} (see {o.out/k}/log.txt)' for k in failed))
+    if failed := df.part[df.status == 'failed'].tolist():
+        raise RecipeError('failed: ' + ', '.join(f'{k} (see {o.out/k}/log.txt)' for k in failed))
     return df
 
 GPU = Bench(bench_gpu, dict(minutes=8., path=None, quick=False))

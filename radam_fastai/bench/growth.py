@@ -10,7 +10,18 @@ __all__ = []
 # %% ../../nbs/63_bench.growth.ipynb #6f991a08
 from types import SimpleNamespace
 
-from .step import Bench, FLOOR, TABLE, TIMED, installed, show, time_models, time_steps # before fastai, whose import warns
+from radam_fastai.bench.step import (  # before fastai, whose import warns
+    FLOOR,
+    TABLE,
+    TIMED,
+    Bench,
+    installed,
+    show,
+    time_models,
+    time_steps,
+)
+
+# isort: split
 
 import numpy as np
 import pandas as pd
@@ -43,7 +54,8 @@ def plot_growth(
     for ax,(n,rows) in zip(np.ravel(fig.subplots(1, len(panels), sharex=True, sharey=True)), panels):
         floor = rows.groupby('size').floor_ms.median()
         ax.plot(floor.index, floor, color=FLOOR, ls='--', lw=1.5, label='memory floor')
-        for label,line in rows.sort_values('size').groupby('label', sort=False): ax.plot(line['size'], line.ms, 'o-', ms=4, color=styles[label], label=label)
+        for label,line in rows.sort_values('size').groupby('label', sort=False):
+            ax.plot(line['size'], line.ms, 'o-', ms=4, color=styles[label], label=label)
         ax.set(xscale='log', yscale='log', xlabel='numbers in each tensor', title=f'{n:,} tensors')
         ax.spines[['top','right']].set_visible(False)
     fig.axes[0].set_ylabel('median time of one step (ms)')
@@ -61,4 +73,5 @@ def bench_growth(
     show(o, df, TABLE, plot_growth(df))
     return df
 
-GROWTH = Bench(bench_growth, dict(models='all', optims='ours,torch-adamw-fused,torch-foreach,optimi', rounds=5, warmup=10), GRID, TIMED, least_warmup=10)
+GROWTH = Bench(bench_growth, dict(models='all', optims='ours,torch-adamw-fused,torch-foreach,optimi', rounds=5, warmup=10), GRID, TIMED,
+               least_warmup=10)

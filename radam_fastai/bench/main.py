@@ -12,8 +12,6 @@ from os import cpu_count
 from pathlib import Path
 from types import SimpleNamespace
 
-from ..recipes.cli import Flag, check, check_choice, check_out, check_ranges, command, expanded, names, torch_threads
-
 import torch
 
 from .callbacks import CALLBACK
@@ -21,6 +19,7 @@ from .gpu import GPU
 from .growth import GROWTH
 from .step import STEP, devices
 from .train import TRAIN
+from ..recipes.cli import Flag, check, check_choice, check_out, check_ranges, command, expanded, names, torch_threads
 
 # %% ../../nbs/65_bench.main.ipynb #32d3f999
 BENCHES = dict(step=STEP, growth=GROWTH, callback=CALLBACK, train=TRAIN, gpu=GPU) # Name → `Bench`
@@ -47,9 +46,9 @@ def check_options(
 # %% ../../nbs/65_bench.main.ipynb #549b7872
 @command(pos=['what'])
 def main(
-    what:str='step', # step (of optimizers), growth (of its cost), callback (in a training step), train (a training step and its parts) or gpu (all of it)
-    models:str=None, # Separated by commas; step: xresnet18, xresnet50, awd_lstm, small (all); growth: 10x64, ... (all); callback, train: xresnet18, xresnet50
-    optims:str=None, # step, growth: what to time beside ours, separated by commas: ours, ours-ranger, ours-adam, ours-torch, fastai, fastai-adam, ...
+    what:str='step', # step (of optimizers), growth (of its cost), callback (in a training step), train (its parts) or gpu (all of them)
+    models:str=None, # step: xresnet18, xresnet50, awd_lstm, small (all); growth: 10x64, … (all); callback, train: xresnet18, xresnet50
+    optims:str=None, # step, growth: what to time beside ours: ours-ranger, ours-adam, ours-torch, fastai, fastai-adam, …
     rounds:int=None, # Timed bursts of each, at least 1; step, growth: of 6 steps (25, 5); callback: of 10 (15); train: of 1 (5)
     warmup:int=None, # Steps of each before those; step, growth: at least 10 (10); callback, train: at least 1 (3, 1)
     bs:int=None, # callback, train: images a batch, at least 2 (32, 64)

@@ -8,7 +8,10 @@
 __all__ = ['MODELS']
 
 # %% ../../nbs/60_bench.step.ipynb #fe3962c5
-import os, random, shlex, time
+import os
+import random
+import shlex
+import time
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from functools import partial
@@ -16,10 +19,9 @@ from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Callable, Iterable, NamedTuple
 
-from ..recipes.report import terminal_table # before fastai, whose import warns
-from ..recipes.optims import FASTAI, optims
-from ..recipes.records import append_record, device_name, versions
+from ..recipes.report import terminal_table  # before fastai, whose import warns
 
+# isort: split
 import numpy as np
 import pandas as pd
 import torch
@@ -32,6 +34,8 @@ from torch.autograd import DeviceType
 from torch.profiler import profile
 
 from ..plot import COLORS, opt_color
+from ..recipes.optims import FASTAI, optims
+from ..recipes.records import append_record, device_name, versions
 from ..rectify import rectification
 
 # %% ../../nbs/60_bench.step.ipynb #81e49800
@@ -173,7 +177,8 @@ def step_work(
     events = [e for e in prof.events() if not e.is_user_annotation]
     kernels = [e for e in events if e.device_type == DeviceType.CUDA and e.name != '[memory]']
     called = [e for e in events if e.name.startswith('aten::') and not (e.cpu_parent and e.cpu_parent.name.startswith('aten::'))]
-    return dict(host_ms=host, device_ms=sum(e.time_range.elapsed_us() for e in kernels)/1e3, calls=len(kernels or called), extra_bytes=extra_bytes(prof))
+    return dict(host_ms=host, device_ms=sum(e.time_range.elapsed_us() for e in kernels)/1e3, calls=len(kernels or called),
+                extra_bytes=extra_bytes(prof))
 
 # %% ../../nbs/60_bench.step.ipynb #66b5977b
 def time_steps(
@@ -287,8 +292,10 @@ def show(
     print(*(o.out/f for f in ('records.jsonl', f'{o.what}.csv', f'{o.what}.png')), sep='\n')
 
 # %% ../../nbs/60_bench.step.ipynb #a18cc427
-TABLE = dict(model='model', label='optimizer', ms='median ms', ratio='ratio to ours', host_ms='host ms', device_ms='device ms', calls='kernels or calls',
-             extra_bytes='extra bytes', state_bytes='state bytes/param', floor_ratio='ratio to floor', n_params='params', n_tensors='tensors')
+TABLE = dict(model='model', label='optimizer', ms='median ms', ratio='ratio to ours', host_ms='host ms', device_ms='device ms',
+             calls='kernels or calls',
+             extra_bytes='extra bytes', state_bytes='state bytes/param', floor_ratio='ratio to floor', n_params='params',
+             n_tensors='tensors')
 
 def installed(
     names:list, # In `TIMED`
@@ -308,4 +315,5 @@ def bench_step(
     show(o, df, TABLE, plot_steps(df))
     return df
 
-STEP = Bench(bench_step, dict(models='all', optims='all', rounds=25, warmup=10), MODELS, TIMED, least_warmup=10) # RAdam's rectifier must be on
+# RAdam's rectifier must be on
+STEP = Bench(bench_step, dict(models='all', optims='all', rounds=25, warmup=10), MODELS, TIMED, least_warmup=10)

@@ -8,7 +8,8 @@ On a CPU an XResNet50 spends its time in convolutions, and the memory order of i
 __all__ = []
 
 # %% ../../nbs/62_bench.train.ipynb #b14ae2cc
-import random, time
+import random
+import time
 from functools import partial
 from os import cpu_count
 from pathlib import Path
@@ -16,11 +17,19 @@ from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Callable, NamedTuple
 
-from .step import Bench, FLOOR, OTHERS, OURS, paired_ratio, show, time_in_turn, time_models, waiter # before fastai, whose import warns
-from .callbacks import begin_fit, bench_learner, random_batch
-from ..recipes.optims import FASTAI
-from ..recipes.precision import DevicePrecision
+from radam_fastai.bench.step import (  # before fastai, whose import warns
+    FLOOR,
+    OTHERS,
+    OURS,
+    Bench,
+    paired_ratio,
+    show,
+    time_in_turn,
+    time_models,
+    waiter,
+)
 
+# isort: split
 import numpy as np
 import pandas as pd
 import torch
@@ -33,8 +42,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from .callbacks import begin_fit, bench_learner, random_batch
 from ..optimizer import RAdamFn
 from ..plot import COLORS
+from ..recipes.optims import FASTAI
+from ..recipes.precision import DevicePrecision
 
 # %% ../../nbs/62_bench.train.ipynb #985fd95c
 PARTS = 'forward','backward','step','release' # Ended by after_loss, after_backward, after_step, after_batch
@@ -80,7 +92,8 @@ def setting_learner(
     seed:int=0, # Of weights
 ) -> Learner:
     "A Learner that trains with setting `o`"
-    learn = bench_learner(model, [parts, *[ChannelsLast()]*o.channels_last, *[DevicePrecision(AMPMode.BF16)]*o.bf16], device, seed, o.opt_func)
+    learn = bench_learner(model, [parts, *[ChannelsLast()]*o.channels_last, *[DevicePrecision(AMPMode.BF16)]*o.bf16], device, seed,
+                          o.opt_func)
     if o.compile: learn.model.compile()
     return learn
 
@@ -147,7 +160,8 @@ def train_rows(
     steps = {k: begin_fit(learn, batch, n_steps) for k,learn in learns.items()}
     for learn in learns.values(): pass_momentum_phase(learn)
     ms = time_in_turn(steps, rounds, warmup, seed, sync, burst=1)
-    return [dict(model=model, settings=k, ms=float(np.median(t)), images_per_sec=bs*1e3/float(np.median(t)), ratio=paired_ratio(t, ms['fastai']),
+    return [dict(model=model, settings=k, ms=float(np.median(t)), images_per_sec=bs*1e3/float(np.median(t)),
+                 ratio=paired_ratio(t, ms['fastai']),
                  **dict(zip([f'{o}_ms' for o in PARTS], (1e3*np.median(parts[k].times[warmup:], axis=0)).tolist())),
                  last_loss=learns[k].loss.item(), bs=bs, side=size, n_steps=n_steps)
             for k,t in ms.items()]

@@ -12,22 +12,22 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import fastai.callback.progress # noqa: F401 (a bar for every run)
+import fastai.callback.progress  # noqa: F401 (a bar for every run)
 import numpy as np
 import torch
 import torch.nn.functional as F
 from fastai.callback.channelslast import ChannelsLast
-from fastai.layers import ConvLayer,Flatten
+from fastai.layers import ConvLayer, Flatten
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastcore.basics import noop
 from PIL import Image
-from torch import Tensor,nn
+from torch import Tensor, nn
 
-from ..recipes.data import crop_flip,digest,digits,draw,find_folder,split_files,tensor_dls,unreadable
+from .sweep import Experiment, ExperimentSettings, grid, show_sweep
 from ..recipes.cli import check
-from .sweep import Experiment,ExperimentSettings,grid,show_sweep
+from ..recipes.data import crop_flip, digest, digits, draw, find_folder, split_files, tensor_dls, unreadable
 
 # %% ../../nbs/51_experiments.images.ipynb #95f84269
 def read_images(

@@ -11,16 +11,11 @@ __all__ = ['language', 'adam_2k', 'Transformer']
 import hashlib
 from collections import Counter
 from dataclasses import dataclass
-from functools import cache,partial
+from functools import cache, partial
 from pathlib import Path
 
-from ..gradients import GradientHistogram
-from ..plot import new_axes,plot_gradient_ridge
-from ..recipes.data import find_folder
-from ..recipes.cli import check
-from .sweep import Experiment,ExperimentSettings,curves_figure,grid,labels,show_sweep
-
-import fastai.callback.progress,fastai.callback.schedule # noqa: F401 (progress bars, `fit_flat_cos`)
+import fastai.callback.progress  # noqa: F401 (progress bars, `fit_flat_cos`)
+import fastai.callback.schedule # noqa: F401 (methods of `Learner`)
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -28,14 +23,20 @@ import torch.nn.functional as F
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
-from fastai.metrics import Perplexity,accuracy
+from fastai.metrics import Perplexity, accuracy
 from fastai.text.core import PAD
-from fastai.text.data import LMDataLoader,Numericalize,make_vocab
+from fastai.text.data import LMDataLoader, Numericalize, make_vocab
 from fastai.text.learner import LMLearner
-from fastai.text.models.awdlstm import AWD_LSTM,awd_lstm_lm_config
+from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_lm_config
 from fastai.text.models.core import get_language_model
 from fastai.torch_core import default_device
 from torch import nn
+
+from .sweep import Experiment, ExperimentSettings, curves_figure, grid, labels, show_sweep
+from ..gradients import GradientHistogram
+from ..plot import new_axes, plot_gradient_ridge
+from ..recipes.cli import check
+from ..recipes.data import find_folder
 
 # %% ../../nbs/52_experiments.language.ipynb #034ceef2
 UNK,EOS = '<unk>','<eos>' # as in WikiText

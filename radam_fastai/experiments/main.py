@@ -12,13 +12,26 @@ from pathlib import Path
 
 import pandas as pd
 
+from .images import lr_robustness, warmup_lengths
+from .language import adam_2k, language
+from .sweep import get_runs, write_shown
+from .theory import degenerate, variance
+from radam_fastai.recipes.cli import (
+    RANGES,
+    Flag,
+    OptionError,
+    check,
+    check_choice,
+    check_out,
+    check_ranges,
+    command,
+    expanded,
+    is_main,
+    names,
+    numbers,
+)
 from ..recipes.jobs import run_job
-from ..recipes.report import conditions,find_records,once,report as write_report,terminal_table
-from ..recipes.cli import RANGES,Flag,OptionError,check,check_choice,check_out,check_ranges,command,expanded,is_main,names,numbers
-from .images import lr_robustness,warmup_lengths
-from .language import adam_2k,language
-from .sweep import get_runs,write_shown
-from .theory import degenerate,variance
+from ..recipes.report import conditions, find_records, once, report as write_report, terminal_table
 
 # %% ../../nbs/54_experiments.main.ipynb #1e11312e
 EXPERIMENTS = {'lr-robustness':lr_robustness, 'warmup-lengths':warmup_lengths, 'adam-2k':adam_2k, 'language':language,

@@ -15,15 +15,15 @@ from itertools import product
 from pathlib import Path
 from typing import Callable
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import matplotlib.pyplot as plt
 
-from ..plot import new_axes,plot_curves,plot_sweep
-from ..recipes.jobs import Run
-from ..recipes.report import markdown_table,mean_std,save_figure,settings
 from ..files import replacing
-from ..recipes.optims import OPTIMS,Settings
+from ..plot import new_axes, plot_curves, plot_sweep
+from ..recipes.jobs import Run
+from ..recipes.optims import OPTIMS, Settings
+from ..recipes.report import markdown_table, mean_std, save_figure, settings
 
 
 # %% ../../nbs/50_experiments.sweep.ipynb #1566ab34

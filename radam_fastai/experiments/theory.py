@@ -12,11 +12,11 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import groupby
 
+from .images import SMALL, ImageSettings, image_learner, load_images
+from .sweep import Experiment, grid
 from ..gradients import AdaptiveLRVariance
-from ..plot import color,new_axes,plot_lr_variance
+from ..plot import color, new_axes, plot_lr_variance
 from ..rectify import rho_inf
-from .images import SMALL,ImageSettings,image_learner,load_images
-from .sweep import Experiment,grid
 
 # %% ../../nbs/53_experiments.theory.ipynb #e2f773e5
 VARIANCE_STEPS = 80 # updates to measure at, or as many as the first epoch has

@@ -15,18 +15,20 @@ from numbers import Real
 from pathlib import Path
 from typing import Callable
 
-from .cli import RecipeError,is_main # before fastai
-from .records import RunRecorder,wrong_form
-from ..files import cannot_write,disk_error,replacing
-from ..guard import load_all,read_file
+from .cli import RecipeError, is_main  # before fastai
 
+# isort: split
 import numpy as np
 import torch
-from fastai.callback.core import Callback,CancelEpochException
+from fastai.callback.core import Callback, CancelEpochException
 from fastai.learner import Learner
-from fastai.torch_core import get_model,set_seed
+from fastai.torch_core import get_model, set_seed
 from fastcore.foundation import L
 from torch import Tensor
+
+from ..files import cannot_write, disk_error, replacing
+from ..guard import load_all, read_file
+from .records import RunRecorder, wrong_form
 
 # %% ../../nbs/33_recipes.checkpoint.ipynb #764d1b28
 def epoch_seed(

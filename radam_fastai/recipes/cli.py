@@ -9,19 +9,23 @@ __all__ = ['RecipeError', 'OptionError']
 
 # %% ../../nbs/30_recipes.cli.ipynb #5804f8b5
 import warnings
+
 warnings.filterwarnings('ignore', '`torch.jit.script`', FutureWarning)
 
 # %% ../../nbs/30_recipes.cli.ipynb #d7e38126
-import inspect,os,signal,sys
+import inspect
+import os
+import signal
+import sys
 from argparse import ArgumentParser
-from contextlib import contextmanager,suppress
-from functools import partial,wraps
+from contextlib import contextmanager, suppress
+from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated
 
 import torch
 from fastai.torch_core import rank_distrib
-from fastcore.script import anno_parser,bool_arg
+from fastcore.script import anno_parser, bool_arg
 from fastcore.utils import trace
 from fastprogress import fastprogress
 from fastprogress.fastprogress import ConsoleProgressBar

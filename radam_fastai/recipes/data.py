@@ -8,19 +8,23 @@ What can be wrong with data is found before training where that is cheap (a fold
 __all__ = ['find_folder', 'balanced', 'TensorDL', 'tensor_dls', 'digits', 'crop_flip']
 
 # %% ../../nbs/37_recipes.data.ipynb #562a1871
-import hashlib,os,random,re,tarfile
+import hashlib
+import os
+import random
+import re
+import tarfile
 from pathlib import Path
-
-from .cli import OwnError,RecipeError,check,expanded
-from ..files import building
 
 import fastai.data
 from fastai.data.block import TransformBlock
 from fastai.data.core import TfmdDL
 from fastai.data.external import fastai_cfg
-from fastai.data.transforms import IntToFloatTensor,get_image_files
+from fastai.data.transforms import IntToFloatTensor, get_image_files
 from fastai.vision.core import PILImage
 from fastdownload import FastDownload
+
+from ..files import building
+from .cli import OwnError, RecipeError, check, expanded
 
 # %% ../../nbs/37_recipes.data.ipynb #d4ebf53d
 def _sums(
@@ -193,7 +197,7 @@ class ItemSeedDL(TfmdDL):
 # %% ../../nbs/37_recipes.data.ipynb #be25e08c
 import torch
 import torch.nn.functional as F
-from fastai.data.core import DataLoaders,TfmdDL
+from fastai.data.core import DataLoaders, TfmdDL
 from fastai.torch_core import default_device
 from fastcore.basics import noop
 from sklearn.datasets import load_digits

@@ -11,21 +11,22 @@ __all__ = ['get_model', 'get_dls', 'get_learner', 'main']
 from functools import partial
 from pathlib import Path
 
-from ..plot import new_axes,plot_curves
-from .cli import RANGES,Flag,check_out,check_ranges,command,is_main,torch_threads
-from .data import digits,tensor_dls
-from .jobs import Run,run_job
-from .optims import OPTIMS,opt_func
-from .report import runs_table,save_figure,terminal_table
-
+import fastai.callback.progress  # noqa: F401 (progress bars, `fit_flat_cos`)
+import fastai.callback.schedule # noqa: F401 (methods of `Learner`)
 import matplotlib.pyplot as plt
-import fastai.callback.progress,fastai.callback.schedule # noqa: F401 (progress bars, `fit_flat_cos`)
 from fastai.data.core import DataLoaders
-from fastai.layers import ConvLayer,Flatten
+from fastai.layers import ConvLayer, Flatten
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from torch import nn
+
+from ..plot import new_axes, plot_curves
+from .cli import RANGES, Flag, check_out, check_ranges, command, is_main, torch_threads
+from .data import digits, tensor_dls
+from .jobs import Run, run_job
+from .optims import OPTIMS, opt_func
+from .report import runs_table, save_figure, terminal_table
 
 # %% ../../nbs/39_recipes.demo.ipynb #d61f60bb
 def get_model() -> nn.Module: # (`bs`, 1, 8, 8) → (`bs`, 10)

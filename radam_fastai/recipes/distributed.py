@@ -8,18 +8,19 @@ With several processes, a recipe trains the same run faster: `--bs` is the size 
 __all__ = []
 
 # %% ../../nbs/34_recipes.distributed.ipynb #01998ee5
-import atexit,os
-from contextlib import contextmanager,nullcontext,redirect_stdout
+import atexit
+import os
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from datetime import timedelta
 from itertools import chain
 
 import torch
 from accelerate import PartialState
-from fastai.distributed import DistributedDL,DistributedTrainer
+from fastai.distributed import DistributedDL, DistributedTrainer
 from fastai.torch_core import to_detach
 from fastcore.basics import chunked
 
-from .cli import RecipeError,is_main
+from .cli import RecipeError, is_main
 
 # %% ../../nbs/34_recipes.distributed.ipynb #db9d89f7
 class BatchShareDL(DistributedDL):

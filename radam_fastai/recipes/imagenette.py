@@ -9,35 +9,36 @@ __all__ = ['find_images', 'first_split', 'get_dls', 'get_model', 'get_learner', 
 
 # %% ../../nbs/41_recipes.imagenette.ipynb #717361d0
 import json
-from dataclasses import fields,replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
-from .data import ItemSeedDL,ReadableImageBlock,balanced,digest,download,find_folder,split_files
-from .jobs import Run,run_job
-from .precision import DevicePrecision,fast_settings,warn_slow_bf16
-from .presets import ARCHS,COMMON,ImagenetteSettings,published,resolve
-from .report import conditions,report as write_report,summary,terminal_table
-from .cli import RANGES,Flag,check,check_out,check_ranges,command,expanded,is_main
-from .optims import OPTION
-
-import fastai.callback.progress,fastai.callback.schedule # noqa: F401 (methods of `Learner`)
+import fastai.callback.progress  # noqa: F401 (methods of `Learner`)
+import fastai.callback.schedule # noqa: F401 (methods of `Learner`)
 import torch
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.fp16 import AMPMode
 from fastai.callback.mixup import MixUp
-from fastai.data.block import CategoryBlock,DataBlock
+from fastai.data.block import CategoryBlock, DataBlock
 from fastai.data.core import DataLoaders
 from fastai.data.external import URLs
-from fastai.data.transforms import IndexSplitter,Normalize,parent_label
-from fastai.layers import AvgPool,MaxPool
+from fastai.data.transforms import IndexSplitter, Normalize, parent_label
+from fastai.layers import AvgPool, MaxPool
 from fastai.learner import Learner
 from fastai.losses import LabelSmoothingCrossEntropyFlat
-from fastai.metrics import accuracy,top_k_accuracy
-from fastai.torch_core import default_device,num_distrib
-from fastai.vision.augment import FlipItem,RandomErasing,RandomResizedCrop,Resize
+from fastai.metrics import accuracy, top_k_accuracy
+from fastai.torch_core import default_device, num_distrib
+from fastai.vision.augment import FlipItem, RandomErasing, RandomResizedCrop, Resize
 from fastai.vision.core import imagenet_stats
 from torch import nn
+
+from .cli import RANGES, Flag, check, check_out, check_ranges, command, expanded, is_main
+from .data import ItemSeedDL, ReadableImageBlock, balanced, digest, download, find_folder, split_files
+from .jobs import Run, run_job
+from .optims import OPTION
+from .precision import DevicePrecision, fast_settings, warn_slow_bf16
+from .presets import ARCHS, COMMON, ImagenetteSettings, published, resolve
+from .report import conditions, report as write_report, summary, terminal_table
 
 # %% ../../nbs/41_recipes.imagenette.ipynb #9f33144a
 OFFICIAL = dict(imagenette2=(9469,3925), imagewoof2=(9025,3929)) # training and validation images

@@ -8,23 +8,25 @@ A job is a list of runs. `run_job` trains them one after the other into a folder
 __all__ = ['Run', 'run_job']
 
 # %% ../../nbs/36_recipes.jobs.ipynb #ebe501fb
-import itertools,json,time
-from contextlib import contextmanager,nullcontext
-from dataclasses import dataclass,field
+import itertools
+import json
+import time
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Callable
 
-from .checkpoint import RECORDED,EpochCheckpoint,SeedEpochs,load_checkpoint,start_at
-from .precision import leaving_autocast
-from .report import report,save_run
-from .cli import OptionError,RecipeError,check,check_out,is_main,terminal_bars
-from ..files import cannot_write
-from .records import RunRecorder,append_record,environment,read_runs,rectifier_summary,wrong_form
-
 from fastai.learner import Learner
-from fastai.torch_core import num_distrib,set_seed
-from filelock import FileLock,Timeout
+from fastai.torch_core import num_distrib, set_seed
+from filelock import FileLock, Timeout
+
+from ..files import cannot_write
+from .checkpoint import RECORDED, EpochCheckpoint, SeedEpochs, load_checkpoint, start_at
+from .cli import OptionError, RecipeError, check, check_out, is_main, terminal_bars
+from .precision import leaving_autocast
+from .records import RunRecorder, append_record, environment, read_runs, rectifier_summary, wrong_form
+from .report import report, save_run
 
 # %% ../../nbs/36_recipes.jobs.ipynb #84ccb9f6
 @dataclass
@@ -109,7 +111,7 @@ def shared(
     if num_distrib() < 2:
         yield
         return
-    from radam_fastai.recipes.distributed import BatchShareTrainer # needs accelerate
+    from radam_fastai.recipes.distributed import BatchShareTrainer  # needs accelerate
     with learn.added_cbs(BatchShareTrainer()): yield
 
 # %% ../../nbs/36_recipes.jobs.ipynb #f599644a

@@ -9,14 +9,16 @@ __all__ = ['OPTION', 'Settings']
 
 # %% ../../nbs/31_recipes.optims.ipynb #8c58fb99
 import inspect
-from dataclasses import asdict,dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import import_module
 from typing import NamedTuple
 
-from .cli import RANGES,check_choice,check_ranges # before fastai
+from .cli import RANGES, check_choice, check_ranges  # before fastai
 
-from fastai.callback.schedule import ParamScheduler,SchedNo,combine_scheds
+# isort: split
+
+from fastai.callback.schedule import ParamScheduler, SchedNo, combine_scheds
 
 # %% ../../nbs/31_recipes.optims.ipynb #71cdd59a
 class Optim(NamedTuple):

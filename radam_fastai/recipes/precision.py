@@ -12,9 +12,9 @@ import warnings
 from contextlib import contextmanager
 
 import torch
-from fastai.callback.fp16 import AMPMode,MixedPrecision
+from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.learner import Learner
-from torch.amp import GradScaler,autocast
+from torch.amp import GradScaler, autocast
 
 # %% ../../nbs/38_recipes.precision.ipynb #691f9933
 class DevicePrecision(MixedPrecision):

@@ -8,12 +8,14 @@ A preset is a row of a table: what it changes in the common settings, the accura
 __all__ = ['ARCHS', 'COMMON', 'PRESETS', 'ImagenetteSettings', 'published']
 
 # %% ../../nbs/40_recipes.presets.ipynb #ae3eb29b
-from dataclasses import dataclass,replace
+from dataclasses import dataclass, replace
 
-from .cli import check,check_choice # before fastai
-from .optims import OPTION,Settings,optims,takes
+from .cli import check, check_choice  # before fastai
 
+# isort: split
 from fastai.vision.models import xresnet
+
+from .optims import OPTION, Settings, optims, takes
 
 # %% ../../nbs/40_recipes.presets.ipynb #685c4be1
 ARCHS = {k: getattr(xresnet, k) for k in xresnet.__all__ if k.startswith('x') and k != 'xsenet154'} # fastai's xsenet154 cannot be made

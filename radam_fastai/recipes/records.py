@@ -8,20 +8,25 @@ A recipe trains a few models and has to leave evidence behind. Each run becomes 
 __all__ = ['steps_frame', 'append_record', 'read_records', 'read_runs']
 
 # %% ../../nbs/32_recipes.records.ipynb #5eb6e3be
-import json,math,platform,time,warnings
-from importlib import import_module,metadata
+import json
+import math
+import platform
+import time
+import warnings
+from importlib import import_module, metadata
 from numbers import Real
-from pathlib import Path,PureWindowsPath
+from pathlib import Path, PureWindowsPath
 
-from .cli import RecipeError # before fastai
-from ..files import append_whole
+from .cli import RecipeError  # before fastai
 
+# isort: split
 import numpy as np
 import pandas as pd
 import torch
 from fastai.callback.core import Callback
-from fastai.torch_core import default_device,num_distrib,to_detach
+from fastai.torch_core import default_device, num_distrib, to_detach
 
+from ..files import append_whole
 from ..introspect import read_last
 from ..rectify import rho
 

@@ -8,7 +8,9 @@ A report needs no images, no model and no GPU: only files of records. Runs with 
 __all__ = ['runs_table', 'summary', 'find_records', 'report']
 
 # %% ../../nbs/35_recipes.report.ipynb #072f73d9
-import html,json,os
+import html
+import json
+import os
 from itertools import zip_longest
 from pathlib import Path
 from textwrap import wrap
@@ -17,10 +19,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from ..plot import plot_published,plot_runs,plot_summary
-from .cli import check
 from ..files import replacing
-from .records import read_runs,steps_frame
+from ..plot import plot_published, plot_runs, plot_summary
+from .cli import check
+from .records import read_runs, steps_frame
 
 # %% ../../nbs/35_recipes.report.ipynb #58c8592b
 def settings(
