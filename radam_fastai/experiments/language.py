@@ -15,7 +15,7 @@ from functools import cache, partial
 from pathlib import Path
 
 import fastai.callback.progress  # noqa: F401 (progress bars, `fit_flat_cos`)
-import fastai.callback.schedule # noqa: F401 (methods of `Learner`)
+import fastai.callback.schedule  # noqa: F401 (methods of `Learner`)
 import matplotlib.pyplot as plt
 import numpy as np
 import torch

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import fastai.callback.progress  # noqa: F401 (progress bars, `fit_flat_cos`)
-import fastai.callback.schedule # noqa: F401 (methods of `Learner`)
+import fastai.callback.schedule  # noqa: F401 (methods of `Learner`)
 import matplotlib.pyplot as plt
 from fastai.data.core import DataLoaders
 from fastai.layers import ConvLayer, Flatten

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import fastai.callback.progress  # noqa: F401 (methods of `Learner`)
-import fastai.callback.schedule # noqa: F401 (methods of `Learner`)
+import fastai.callback.schedule  # noqa: F401 (methods of `Learner`)
 import torch
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.fp16 import AMPMode

@@ -197,7 +197,8 @@ def processes():
     if num_distrib() < 2:
         yield lambda: None
         return
-    try: from radam_fastai.recipes.distributed import joined
+    try:
+        from radam_fastai.recipes.distributed import joined
     except ImportError as e:
         raise RecipeError(f"several processes need the package accelerate: pip install 'radam_fastai[dist]' ({e})") from e
     with joined() as wait: yield wait
