@@ -313,9 +313,9 @@ class AdaptiveLRVariance(_Averages):
     ): super().__init__(n_steps, layers, n_samples)
 
     def to_frame(self) -> pd.DataFrame:
-        """A row per update: `step` and `rho`; measured (`lr_variances`): `coordinates`, `variance` [1/gradient²], `pooled` and `scaled` [1/σ²];
-        `normal`: what `scaled` is for 20,000 normal gradients; analytic (`adaptive_lr_variance`): `exact` and `first_order`, NaN up to
-        rho = 4"""
+        """A row per update: `step` and `rho`; measured (`lr_variances`): `coordinates`, `variance` [1/gradient²], `pooled` and `scaled`
+        [1/σ²]; `normal`: what `scaled` is for 20,000 normal gradients; analytic (`adaptive_lr_variance`): `exact` and `first_order`,
+        NaN up to rho = 4"""
         n = self.counts.max(initial=0)
         sqr_mom,eps = self.hypers[:n].T
         rhos = [rho(t+1, b) for t,b in enumerate(sqr_mom)]
