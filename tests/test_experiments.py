@@ -1,6 +1,7 @@
 """The experiments: the same weights and batches for all, numbers that are the records', answers from records alone."""
 import json
 import random
+import re
 
 import numpy as np
 import pytest
@@ -160,7 +161,8 @@ def test_every_experiment_runs_without_data(cli, tmp_path, name):
     assert status == 0, err
     recs = read_records(tmp_path/'records.jsonl')
     assert recs and {r['recipe'] for r in recs} == {name} and {r['seed'] for r in recs} == {42}
-    assert (tmp_path/'results.md').read_text() in out
+    cells = {c.strip() for line in (tmp_path/'results.md').read_text().splitlines()[2:] for c in line.strip('|\n').split('|')}
+    assert all(c in out for c in cells if len(c) < 30) # longer ones are on several lines
     for f in (tmp_path/'results.md', tmp_path/'table.md'): assert len(f.read_text().splitlines()) > 2
     pictures = {p.stem for p in tmp_path.glob('*.png')} - {r['run'] for r in recs} - {'all'}
     assert pictures, 'no figure'
@@ -172,7 +174,9 @@ def test_report_needs_records_alone(cli, tmp_path, monkeypatch):
         for o,a in ('adam',.5),('radam',.6): append_record(tmp_path/str(s)/'records.jsonl', rec(o, .1, s, a+.1*s))
     status,out,err = cli('experiment', '--report', tmp_path)
     assert status == 0, err
-    assert '| RAdam | 0.650 ± 0.071 |' in out and '| Adam | 0.550 ± 0.071 |' in out
+    rows = [re.split(' {2,}', line) for line in out.splitlines()]
+    assert ['RAdam', '0.650 ± 0.071'] in rows and ['Adam', '0.550 ± 0.071'] in rows
+    assert '| RAdam | 0.650 ± 0.071 |' in (tmp_path/'results.md').read_text()
     assert {'results.md','merit.md','sweep.png','curves.png','table.md','all.png'} <= {p.name for p in tmp_path.iterdir()}
     append_record(tmp_path/'other'/'records.jsonl', {**rec('radam', .1, 0, .5), 'recipe':'warmup-lengths'})
     assert cli('experiment', '--report', tmp_path)[0] == 0 # each experiment has its own tables

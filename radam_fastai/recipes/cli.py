@@ -127,6 +127,7 @@ def get_parser(
 ) -> ArgumentParser:
     "What reads the command line of `func`"
     p = anno_parser(func, pos=pos)
+    p.allow_abbrev = False # a new option must not change what an old line means
     p.add_argument('--version', action='version', version=f'{p.prog} {__version__}', help='Print the version')
     return p
 
