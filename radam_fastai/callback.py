@@ -20,5 +20,5 @@ from .recorder import RectifierRecorder
 from .schedule_free import ScheduleFree
 
 # %% ../nbs/91_callback.ipynb #3fa8cf14
-_all_ = ['RectifierRecorder', 'LogRectifier', 'FailSafe', 'GradientHistogram', 'AdaptiveLRVariance', 'WarmupAdvisor', 'StopOnNonFinite', 'ScheduleFree',
-         'rectified_lr_find', 'LogTo', 'KeepGoing']
+_all_ = ['RectifierRecorder', 'LogRectifier', 'FailSafe', 'GradientHistogram', 'AdaptiveLRVariance', 'WarmupAdvisor', 'StopOnNonFinite',
+         'ScheduleFree', 'rectified_lr_find', 'LogTo', 'KeepGoing']
