@@ -30,8 +30,7 @@ from .torch_optim import RAdamWrapper
 
 # %% ../nbs/90_all.ipynb #4527ef2c
 _all_ = ['RAdam', 'RAdamFn', 'Ranger', 'RangerFn', 'ranger', 'RAdamWrapper', 'RAdamScheduleFree', 'RAdamScheduleFreeFn', 'ScheduleFree',
-         'reference_settings', 'RectifierRecorder', 'GradientHistogram', 'AdaptiveLRVariance', 'WarmupAdvisor', 'LogRectifier', 'FailSafe',
-         'LogTo', 'KeepGoing',
-         'StopOnNonFinite', 'load_strict', 'warmup_report', 'rectified_lr_find',
+         'reference_settings', 'RectifierRecorder', 'GradientHistogram', 'AdaptiveLRVariance', 'WarmupAdvisor',
+         'LogRectifier', 'FailSafe', 'LogTo', 'KeepGoing', 'StopOnNonFinite', 'load_strict', 'warmup_report', 'rectified_lr_find',
          'AdamFn', 'AdamWarmupFn', 'AdamLinearFn', 'AdamExponentialFn', 'Adam2kFn', 'AdamEpsFn', 'SGDFn',
          'rho_inf', 'rho', 'rectification', 'first_adaptive_step', 'implied_warmup']

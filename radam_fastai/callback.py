@@ -21,5 +21,4 @@ from .schedule_free import ScheduleFree
 
 # %% ../nbs/91_callback.ipynb #3fa8cf14
 _all_ = ['RectifierRecorder', 'LogRectifier', 'FailSafe', 'GradientHistogram', 'AdaptiveLRVariance', 'WarmupAdvisor', 'StopOnNonFinite',
-         'ScheduleFree',
-         'rectified_lr_find', 'LogTo', 'KeepGoing']
+         'ScheduleFree', 'rectified_lr_find', 'LogTo', 'KeepGoing']

@@ -72,7 +72,8 @@ class _Sampled(_StepWatcher):
         end = self.updates + epochs*batches
         if self.needed > end:
             warnings.warn(f"{type(self).__name__}: update {self.needed} is never reached: this fit ends at update {end} at the latest "
-                          f"({self.updates} made before it, then {epochs} epochs of {batches} batches). The updates until then are kept")
+                          f"({self.updates} made before it, then {epochs} epochs of {batches} batches). "
+                          "The updates until then are recorded")
         held = {id(p) for pg in self.opt.param_lists for p in pg}
         ps = sorted((p for p in ps if id(p) in held), key=lambda p: str(p.device))
         if not ps: raise ValueError(f"the optimizer ({type(self.opt).__name__}) has none of the parameters of {self.layers or 'the model'}")
@@ -261,8 +262,8 @@ def check_adaptive(
     if {'sqr_mom', 'eps'} <= set(opt.hypers[0]) and (not parts or {average_sqr_grad, step_stat} <= set(parts)): return
     name = type(innermost(opt)).__name__
     has = f"hyper-parameters {', '.join(opt.hypers[0])}" + (f" and the parts {', '.join(o.__name__ for o in parts)}" if parts else '')
-    raise ValueError(f"it needs an optimizer with a debiased average of squared gradients, such as Adam or RAdam; this one ({name}) has "
-                     f"the {has}")
+    raise ValueError("it needs an optimizer with a debiased average of squared gradients, such as Adam or RAdam; "
+                     f"this one ({name}) has the {has}")
 
 # %% ../nbs/12_gradients.ipynb #b76f865e
 class _Averages(UpdateCallback):
@@ -313,9 +314,9 @@ class AdaptiveLRVariance(_Averages):
     ): super().__init__(n_steps, layers, n_samples)
 
     def to_frame(self) -> pd.DataFrame:
-        """A row per update: `step` and `rho`; measured (`lr_variances`): `coordinates`, `variance` [1/gradient²], `pooled` and `scaled`
-        [1/σ²]; `normal`: what `scaled` is for 20,000 normal gradients; analytic (`adaptive_lr_variance`): `exact` and `first_order`,
-        NaN up to rho = 4"""
+        """A row per update: `step` and `rho`; measured: `coordinates`, `variance` [1/gradient²],
+        `pooled` and `scaled` [1/σ²] (`lr_variances`); `normal`: what `scaled` is for 20,000 normal gradients;
+        analytic: `exact` and `first_order` (`adaptive_lr_variance`), NaN up to rho = 4"""
         n = self.counts.max(initial=0)
         sqr_mom,eps = self.hypers[:n].T
         rhos = [rho(t+1, b) for t,b in enumerate(sqr_mom)]

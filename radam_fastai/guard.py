@@ -130,7 +130,7 @@ def check_writable(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir(): raise IsADirectoryError(0, 'it is a folder')
-        with tempfile.TemporaryFile(prefix=path.name, dir=path.parent): pass
+        with tempfile.NamedTemporaryFile(prefix=path.name, dir=path.parent): pass # named, so that a bad name is an error
     except OSError as e: raise type(e)(f"cannot write a model to {path}: {e.strerror}") from None
 
 class _Saver(_Undo):
