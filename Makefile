@@ -1,18 +1,19 @@
-# `make demo` and `make test` set up .venv by themselves. Another interpreter: make test PYTHON=python3.12
+# `make demo` and `make test` set up .venv by themselves. Another interpreter, more processes: make test PYTHON=python3.12 WORKERS=4
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+WORKERS ?= 2
 DOCS   := $(VENV)/.docs
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # fastai's import makes torch announce the end of torch.jit.script, which is no news about this project
 export PYTHONWARNINGS := ignore:`torch.jit.script` is deprecated:FutureWarning
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test export notebooks readme docs dist clean
+.PHONY: help demo test test-fast lint export notebooks readme docs dist hooks clean
 
 help: ## List these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
 
 $(READY): setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -26,17 +27,25 @@ $(DOCS): $(READY)
 demo: $(READY) ## Train a small model with RAdam; figures and records go to runs/demo
 	$(BIN)/radam-demo --out runs/demo
 
-test notebooks: export OMP_NUM_THREADS := 1 # many small tensors, several processes: more threads only wait for each other
-test: $(READY) ## Run the notebooks, then the tests
-	$(BIN)/nbdev-test --n-workers 2
-	$(BIN)/pytest -q tests
+test test-fast notebooks: export OMP_NUM_THREADS := 1 # many small tensors, several processes: more threads only wait for each other
+PYTEST := $(BIN)/pytest -q -n $(WORKERS) --dist loadgroup
+
+test: lint $(DOCS) ## Check the style, run the notebooks, then all tests
+	$(BIN)/nbdev-test --n-workers $(WORKERS)
+	$(PYTEST) tests
+
+test-fast: $(READY) ## Run the tests that take under a minute together
+	$(PYTEST) -m "not slow" tests
+
+lint: $(READY) ## Check modules, notebooks, tests and tools with ruff
+	$(BIN)/ruff check
 
 export: $(READY) ## Write the modules from the notebooks
 	$(BIN)/nbdev-export
 	$(BIN)/nbdev-clean
 
 notebooks: export ## Run the notebooks, keep their outputs, and write README.md
-	$(BIN)/nbdev-test --n-workers 2 --save
+	$(BIN)/nbdev-test --n-workers $(WORKERS) --save
 	$(BIN)/nbdev-clean
 	$(BIN)/python tools/readme.py
 
@@ -54,6 +63,11 @@ dist: $(READY) ## Build the sdist and the wheel, check them, and install the whe
 	build/clean/bin/pip install -q --no-index --no-deps dist/*.whl
 	build/clean/bin/python -I -c "import radam_fastai as r, importlib.metadata as m; assert r.__version__ == m.version('radam_fastai'); print(r.__file__, r.__version__)"
 
+hooks: $(READY) ## Let git check what is committed, and merge and compare notebooks by cells
+	$(BIN)/nbdev-install-hooks
+	$(BIN)/pip install -q pre-commit
+	$(BIN)/pre-commit install
+
 clean: ## Remove build products and caches, not .venv or runs
-	rm -rf build dist _docs radam_fastai.egg-info .pytest_cache .hypothesis
+	rm -rf build dist _docs radam_fastai.egg-info .pytest_cache .ruff_cache .hypothesis
 	find radam_fastai tests tools -name __pycache__ -prune -exec rm -rf {} +

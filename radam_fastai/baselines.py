@@ -123,7 +123,9 @@ def _update(self:Adam2k, bucket, hypers):
     "One update of all members of `bucket`, while they wait or afterwards"
     t,waited,settings = bucket.counter.count+1,bucket.states[0].get('waited', 0),{**self.settings, 'sgd_phase': 'skip', 'scale_wd': False}
     if self.settings['rule'](t, hypers['sqr_mom']) is None:
-        bucket.update(**{**hypers, 'mom': 1.}, **settings)
+        kept,bucket.grad_avgs = bucket.grad_avgs,[o.clone() for o in bucket.grad_avgs]
+        bucket.update(**hypers, **settings)
+        bucket.grad_avgs = kept
         if self.settings['sgd_phase'] == 'freeze': return
         for s in bucket.states: s['waited'] = waited+1
     else:

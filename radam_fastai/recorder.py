@@ -1,6 +1,6 @@
 """What the rectifier did at every update of a run: `learn.rectifier`
 
-A learning rate of .01 under RAdam is not .01: for the first updates it is momentum SGD's, then a small share of Adam's that grows. `RectifierRecorder` writes down, for every update and parameter group, what the rectifier made of it, shows each epoch's mean in the progress table, and lets every logger see it. It only reads, a few numbers a step, from any RAdam a `Learner` can have: this package's, fastai's, PyTorch's in an `OptimWrapper`.
+Under RAdam a learning rate of .01 is not .01. The first updates are momentum SGD's at that rate; then come Adam's, at a share of it that grows from near zero. `RectifierRecorder` records, for every update and parameter group, what the rectifier made of the learning rate. It shows each epoch's mean in the progress table, and every logger can see the numbers. It only reads, a few numbers a step, and it works with any RAdam that a `Learner` can use: this package's, fastai's, or PyTorch's in an `OptimWrapper`.
 
     learn = Learner(dls, model, opt_func=RAdamFn, cbs=RectifierRecorder())
     learn.fit_one_cycle(5)
@@ -12,8 +12,6 @@ A learning rate of .01 under RAdam is not .01: for the first updates it is momen
 __all__ = ['RectifierRecorder']
 
 # %% ../nbs/10_recorder.ipynb #46a27277
-import errno
-import os
 import warnings
 from array import array
 from functools import partial
@@ -23,11 +21,11 @@ import numpy as np
 import pandas as pd
 import torch
 from fastai.torch_core import rank_distrib
-from fastcore.basics import patch
 
 from .checkpoint import readings
+from .files import append_whole
+from .introspect import find_rectifier, innermost, no_rectifier, param_counts, read
 from .plot import new_axes, plot_lr, plot_rect
-from .introspect import innermost, no_rectifier, param_counts, read, find_rectifier
 from .watching import _StepWatcher, in_finder
 
 # %% ../nbs/10_recorder.ipynb #43de6969
@@ -43,14 +41,13 @@ class _Rows(_StepWatcher):
         self.run,self.how = not in_finder(self.learn) and not hasattr(self, 'gather_preds'),find_rectifier(self.opt)
 
     def has_stepped(self):
-        return any(not n or n != self.last.get(group, {}).get(i) for group,counts in enumerate(param_counts(self.opt)) for i,n in counts.items())
+        return any(not n or n != self.last.get((group,i)) for group,counts in enumerate(param_counts(self.opt)) for i,n in counts.items())
 
     def stepped(self):
         for group,(counts,hyper) in enumerate(zip(param_counts(self.opt), self.opt.hypers)):
-            last = self.last.setdefault(group, {})
-            restarted = {n for i,n in counts.items() if n and last.get(i, n-1) != n-1}
+            restarted = {n for i,n in counts.items() if n and self.last.get((group,i), n-1) != n-1}
             for step in sorted(set(counts.values())): self.add(group, step, hyper, 'skipped' if self.skipped else 'restart'*(step in restarted))
-            if not self.skipped: last.update(counts)
+            if not self.skipped: self.last.update({(group,i): n for i,n in counts.items()})
 
     def add(self, group, step, hyper, event):
         now = read(self.how, step, hyper)
@@ -68,7 +65,7 @@ def _frame(data, columns):
 PUBLISHED = readings # r_t and the effective learning rate
 
 class _ShownHypers(dict):
-    "The hyper-parameters of a group with what is `shown` beside them; setting one sets it in the group"
+    "A group's hyper-parameters plus the numbers `shown`; setting one sets it in the group"
     def __init__(self, hyper, shown):
         super().__init__({**hyper, **shown})
         self.hyper = hyper
@@ -79,7 +76,7 @@ class _ShownHypers(dict):
         for k,v in dict(*args, **kwargs).items(): self[k] = v
 
 class _ShownOpt:
-    "An optimizer whose `hypers` have what is `shown` for each group; all else is the optimizer's"
+    "A view of an optimizer whose `hypers` also contain the numbers `shown` for each group"
     def __init__(self, opt, shown): vars(self).update(_opt=opt, _shown=shown)
     __class__ = property(lambda self: type(self._opt)) # for `isinstance`
     def __getattr__(self, k): return getattr(self._opt, k)
@@ -90,7 +87,7 @@ class _ShownOpt:
 
 # %% ../nbs/10_recorder.ipynb #e8dd4cf7
 def _call_showing(learn, rec, event_name):
-    "`Learner._call_one`, which calls all callbacks; while they handle a training batch's end, `learn.opt` shows what `rec` recorded"
+    "`Learner._call_one`; while callbacks handle the end of a training batch, `learn.opt` shows what `rec` recorded"
     call = partial(type(learn)._call_one, learn, event_name)
     if event_name != 'after_batch' or not learn.training or not rec.shown: return call()
     opt,rec.shown,view = learn.opt,{},_ShownOpt(learn.opt, rec.shown)
@@ -105,7 +102,7 @@ class _Publisher(_Rows):
         super().before_fit()
         self.shown,opt = {},innermost(self.opt)
         for h in opt.param_groups if isinstance(opt, torch.optim.Optimizer) else opt.hypers:
-            for k in PUBLISHED: h.pop(k, None) # which earlier versions of this package left in checkpoints
+            for k in PUBLISHED: h.pop(k, None) # earlier versions of this package left them in checkpoints
         if self.run and self.how: self.learn._call_one = partial(_call_showing, self.learn, self)
 
     def before_batch(self):
@@ -123,32 +120,22 @@ def check_csv(
     path:Path, # File to write to
     columns:tuple, # Its header
 ):
-    "Start the file, or make sure that rows can be added to what is in it; an error says why not"
+    "Start the file, or check that rows can be added to it; an error says why not"
     header = (','.join(columns) + '\n').encode()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, 'ab+') as f:
             f.seek(0)
             data = f.read()
-            if data and not data.startswith(header): raise ValueError(f"{path} is there and holds something else than a rectifier's rows: choose another file")
+            if data and not data.startswith(header):
+                raise ValueError(f"{path} exists and holds something other than a rectifier's rows: choose another file")
             f.truncate(data.rfind(b'\n')+1)
             if not data: f.write(header)
     except OSError as e: raise type(e)(f"cannot write the rectifier's rows to {path}: {e.strerror}") from None
 
 # %% ../nbs/10_recorder.ipynb #6fa0bfa0
-def append_whole(
-    path:Path, # File
-    data:bytes, # To add at its end
-):
-    "Write all of `data` or, where an `OSError` says why, nothing"
-    with open(path, 'ab', buffering=0) as f:
-        end = f.tell()
-        if f.write(data) < len(data):
-            f.truncate(end)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-
 def _line(epoch, batch, step, group, rho, rect, adaptive, lr, effective_lr, mom, sqr_mom, event):
-    ints,floats = (f'{o:.0f}' for o in (epoch, batch, step, group)),(['' if o != o else repr(o) for o in (rho, rect, lr, effective_lr, mom, sqr_mom)])
+    ints,floats = (f'{o:.0f}' for o in (epoch, batch, step, group)),['' if o != o else repr(o) for o in (rho, rect, lr, effective_lr, mom, sqr_mom)]
     return ','.join([*ints, *floats[:2], str(bool(adaptive)), *floats[2:], EVENTS[int(event)]]) + '\n'
 
 # %% ../nbs/10_recorder.ipynb #512ed64e
@@ -168,9 +155,9 @@ class _Filed(_Publisher):
         if self.csv is not None and rank_distrib() == 0: self._save()
 
     def _save(self):
-        "Add the rows that the file does not have"
+        "Append the rows that the file does not have yet"
         n,path = len(self.columns),self.path/self.csv
-        try: append_whole(path, ''.join(_line(*self.data[i:i+n]) for i in range(self.saved, len(self.data), n)).encode())
+        try: append_whole(path, ''.join(_line(*self.data[i:i+n]) for i in range(self.saved, len(self.data), n)).encode(), sync=False)
         except OSError as e:
             if not self.csv_failed: warnings.warn(f"RectifierRecorder: {path} cannot be written ({e.strerror}): the rows stay in memory until it can")
             self.csv_failed = True
@@ -178,7 +165,7 @@ class _Filed(_Publisher):
 
 # %% ../nbs/10_recorder.ipynb #269338d2
 class _NoMean(float):
-    "A NaN for loggers, which a table shows as a word"
+    "NaN to loggers, a word in a table"
     def __new__(cls, word):
         self = super().__new__(cls, np.nan)
         self.word = word
@@ -189,19 +176,16 @@ class _NoMean(float):
     def __str__(self): return 'nan' # for a CSV file
 
 def _epoch_means(rows, sgd_phase):
-    "What the table shows: r_t and the effective learning rate over the adaptive updates of the last group"
+    "The table's values: mean r_t and effective learning rate over the adaptive updates of the last group"
     rows = rows[(rows.group == rows.group.max()) & (rows.event != 'skipped')]
     if len(rows) and not rows.adaptive.any(): return [_NoMean(sgd_phase)]*2
     return [float(rows[rows.adaptive][k].mean()) for k in PUBLISHED]
 
 # %% ../nbs/10_recorder.ipynb #ff898fe6
-class RectifierRecorder(_Filed):
-    "Record the rectifier at every update; `learn.rectifier` has the rows"
-    name,order = 'rectifier',55 # after `Recorder`, whose log gets columns; before the progress bar, which shows them
-    def __init__(self,
-        table:bool=True, # Add the epoch's mean r_t and effective learning rate to fastai's progress table?
-        csv:str|Path=None, # File that gets each row as it is made, relative to `learn.path`; an existing one is appended to
-    ):
+class _Tabled(_Filed):
+    "Rows whose means per epoch are columns of the progress table"
+    order = 55 # after `Recorder`, whose log gets columns; before the progress bar, which shows them
+    def __init__(self, table, csv):
         super().__init__(csv)
         self.table = table
 
@@ -213,38 +197,45 @@ class RectifierRecorder(_Filed):
         self.recorder.metric_names = names[:end] + [*PUBLISHED] + names[end:]
 
     def before_train(self):
-        if not self.how and self.epoch_start is None:
-            lack = 'its lr, mom and sqr_mom are recorded, rho and rect stay empty'
-            if self.how is None: warnings.warn(f"RectifierRecorder: the optimizer ({type(innermost(self.opt)).__name__}) does not rectify; {lack}")
-            else: warnings.warn(f"RectifierRecorder: {no_rectifier(self.opt)}; {lack}")
+        if not self.how and self.epoch_start is None: warnings.warn(f"RectifierRecorder: {_only_hypers(self.opt, self.how)}")
         self.epoch_start = len(self.data)
 
     def after_validate(self):
         if self.epoch_start is None or not self.in_table: return
         self.recorder.log += _epoch_means(_frame(self.data[self.epoch_start:], self.columns), self.how.sgd_phase)
 
+def _only_hypers(opt, how):
+    "Why the rows of `opt` have no rho and rect"
+    why = f"the optimizer ({type(innermost(opt)).__name__}) does not rectify" if how is None else no_rectifier(opt)
+    return f"{why}; its lr, mom and sqr_mom are recorded, rho and rect stay empty"
+
 # %% ../nbs/10_recorder.ipynb #38495df7
-@patch
-def to_frame(self:RectifierRecorder,
-    start:int=0, # First row
-) -> pd.DataFrame:
-    "A row per update, group and step count, with the columns of `RectifierRecorder.columns`; NaN where nothing is rectified"
-    return _frame(self.data[start*len(self.columns):], self.columns)
+class RectifierRecorder(_Tabled):
+    "Record the rectifier at every update; `learn.rectifier` has the rows"
+    name = 'rectifier'
+    def __init__(self,
+        table:bool=True, # Add the epoch's mean r_t and effective learning rate to fastai's progress table?
+        csv:str|Path=None, # File that gets each row as it is made, relative to `learn.path`; an existing one is appended to
+    ): super().__init__(table, csv)
 
-@patch
-def to_csv(self:RectifierRecorder,
-    path:str|Path, # File to write
-):
-    "Save the rows"
-    self.to_frame().to_csv(path, index=False)
+    def to_frame(self,
+        start:int=0, # First row
+    ) -> pd.DataFrame:
+        "A row per update, group and step count, with the columns of `RectifierRecorder.columns`; NaN where nothing is rectified"
+        return _frame(self.data[start*len(self.columns):], self.columns)
 
-@patch
-def plot(self:RectifierRecorder,
-    axs=None, # Two matplotlib axes; made if not given
-): # The axes
-    "Draw r_t, and the learning rate as set (dashed) and as taken (dotted in the momentum phase), over the updates"
-    df = self.to_frame()
-    if df.empty: raise ValueError("nothing is recorded yet: fit first")
-    axs = new_axes(axs, n=2, figsize=(9, 3.6), sharex=True)
-    for ax,draw in zip(axs, (plot_rect, plot_lr)): draw(df, ax)
-    return axs
+    def to_csv(self,
+        path:str|Path, # File to write
+    ):
+        "Save the rows"
+        self.to_frame().to_csv(path, index=False)
+
+    def plot(self,
+        axs=None, # Two matplotlib axes; made if not given
+    ): # The axes
+        "Draw r_t, and the learning rate as set (dashed) and as taken (dotted in the momentum phase), over the updates"
+        df = self.to_frame()
+        if df.empty: raise ValueError("nothing is recorded yet: fit first")
+        axs = new_axes(axs, n=2, figsize=(9, 3.6), sharex=True)
+        for ax,draw in zip(axs, (plot_rect, plot_lr)): draw(df, ax)
+        return axs

@@ -1,6 +1,6 @@
 """`schedulefree.RAdamScheduleFree` in a `Learner`: no warm-up, no schedule, no length to fix in advance
 
-Schedule-free learning (Defazio et al., *The Road Less Scheduled*, arXiv:2405.15682) replaces the decay of a learning rate by an average of the weights. It keeps three sequences: z takes the steps of RAdam, x averages z, and gradients are taken at y = (1-β1)·z + β1·x. The model holds y while it trains and x at all other times. `RAdamScheduleFree` brings the optimizer of the package [schedulefree](https://github.com/facebookresearch/schedule_free) into fastai, and `ScheduleFree` is the callback that changes between y and x. Both are needed.
+Schedule-free learning (Defazio et al., *The Road Less Scheduled*, arXiv:2405.15682) replaces the decay of the learning rate by an average of the weights. It keeps three sequences: z takes the steps of RAdam, x averages z, and gradients are taken at y = (1-β1)·z + β1·x. The model holds y while it trains and x at all other times. `RAdamScheduleFree` brings the optimizer of the package [schedulefree](https://github.com/facebookresearch/schedule_free) to fastai, and the callback `ScheduleFree` switches between y and x. You need both.
 
     learn = Learner(dls, model, opt_func=RAdamScheduleFreeFn, cbs=ScheduleFree())
     learn.fit(5, 1e-2)
@@ -32,12 +32,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .checkpoint import keep_flags
 from .functional import check_hypers
 from .optimizer import check_params
-from .watching import in_finder
 from .torch_optim import RAdamWrapper
+from .watching import in_finder
 
 # %% ../nbs/05_schedule_free.ipynb #410b1b54
 def _library():
-    "The library's optimizer, or an `ImportError` with the line that installs it"
+    "The library's optimizer; if it is missing, an `ImportError` says how to install it"
     if find_spec('schedulefree') is None:
         raise ImportError("RAdamScheduleFree needs the package schedulefree: pip install 'radam_fastai[schedulefree]'")
     from schedulefree import RAdamScheduleFree
@@ -84,11 +84,11 @@ def train(self:RAdamScheduleFree):
     self.opt.train()
 
 # %% ../nbs/05_schedule_free.ipynb #29e90d02
-_counters = 'k','weight_sum','lr_max','scheduled_lr' # what a group counts; the two halves count alike
+_counters = 'k','weight_sum','lr_max','scheduled_lr' # what a group counts; both halves count the same
 
 @patch
 def _halves(self:RAdamScheduleFree, group):
-    "`group` as one group that decays and one that does not"
+    "`group` as two: one that is decayed and one that is not"
     decays,stays = [],[]
     for p in group['params']: (decays if self.state[p].get('do_wd', True) else stays).append(p)
     return {**group, 'params': decays},{**group, 'params': stays, 'weight_decay': 0.}
@@ -98,7 +98,7 @@ def step(self:RAdamScheduleFree, closure=None):
     "Update every parameter that has a gradient"
     groups = self.opt.param_groups
     if not groups[0]['train_mode']:
-        raise RuntimeError("RAdamScheduleFree must be told when training begins and ends, which its callback does: Learner(..., cbs=ScheduleFree())")
+        raise RuntimeError("RAdamScheduleFree has to know when training begins and ends: its callback says so, Learner(..., cbs=ScheduleFree())")
     for g in groups: _check(g)
     self.train() # β1 may have changed
     halves = [self._halves(g) for g in groups]
@@ -111,12 +111,13 @@ def step(self:RAdamScheduleFree, closure=None):
 # %% ../nbs/05_schedule_free.ipynb #ae0fd3cd
 def _check_state(sd, opt):
     "Raise a `ValueError` that names what differs unless `sd` can be a state of `opt`"
-    if not isinstance(sd, dict) or not {'state', 'param_groups'} <= set(sd): raise ValueError("not the state of a PyTorch optimizer: it has no state and param_groups")
+    if not isinstance(sd, dict) or not {'state', 'param_groups'} <= set(sd):
+        raise ValueError("not the state of a PyTorch optimizer: it has no state and param_groups")
     groups,ours = sd['param_groups'],opt.param_groups
     sizes = [[len(g['params']) for g in gs] for gs in (groups, ours)]
     if sizes[0] != sizes[1]: raise ValueError(f"the groups of the checkpoint have {sizes[0]} parameters, this optimizer's {sizes[1]}")
     if lacks := set(ours[0]) - set.intersection(*map(set, groups)):
-        raise ValueError(f"the groups of the checkpoint have no {', '.join(sorted(lacks))}: was it saved by schedulefree's RAdamScheduleFree?")
+        raise ValueError(f"the groups of the checkpoint have no {', '.join(sorted(lacks))}: was it saved by RAdamScheduleFree?")
     for i,p in zip(chain(*(g['params'] for g in groups)), chain(*(g['params'] for g in ours))):
         for k in ('z', 'exp_avg_sq'):
             t = sd['state'].get(i, {}).get(k)
@@ -132,16 +133,16 @@ def state_dict(self:RAdamScheduleFree) -> dict:
 def load_state_dict(self:RAdamScheduleFree,
     sd:dict, # State of `RAdamScheduleFree`, of this class or of the library's, saved in either mode
 ):
-    "Copy `sd`, or raise a `ValueError` that names what does not fit, with nothing changed; the parameters are taken to be those saved beside it"
+    "Copy `sd`, or change nothing and raise a `ValueError` that names what does not fit; the parameters have to be those saved beside it"
     _check_state(sd, self.opt)
     old = self.state
-    self.opt.load_state_dict(deepcopy(sd)) # PyTorch's keeps these very tensors
+    self.opt.load_state_dict(deepcopy(sd)) # PyTorch would keep these very tensors
     for p in old: self.state[p] = {**keep_flags(old[p]), **self.state[p]}
     self._made_with = self._betas()
 
 @patch
 def clear_state(self:RAdamScheduleFree):
-    "Go on from x as if from the first update, but with fastai's flags"
+    "Start again from x, as if before the first update, but keep fastai's flags"
     self.eval()
     for g in self.opt.param_groups: g.update({k: self.opt.defaults[k] for k in _counters})
     self.opt.state = defaultdict(dict, {p: keep_flags(s) for p,s in self.state.items()})
@@ -164,8 +165,25 @@ def _recalibrate(model, norms, batches):
     for xb in batches: model(*xb)
     for m,(training,momentum) in zip(norms, before): m.train(training).momentum = momentum
 
+# %% ../nbs/05_schedule_free.ipynb #1b882a03
+class _Calibrating(Callback):
+    "Sets the running statistics of the batch norms in `stale` before they are needed"
+    def _calibrate(self):
+        norms,self.stale = self.stale,[]
+        if norms and self.bn_batches: _recalibrate(self.model, norms, self._batches())
+
+    def _batches(self):
+        "Inputs of training batches; neither the data's nor anyone else's random numbers move on"
+        dl,learn = self.dls.train,self.learn
+        rng = deepcopy(getattr(dl, 'rng', None))
+        with no_random():
+            for b in islice(dl, self.bn_batches):
+                learn._split(learn._set_device(b))
+                yield learn.xb
+        if rng is not None: dl.rng = rng
+
 # %% ../nbs/05_schedule_free.ipynb #8b41866d
-class ScheduleFree(Callback):
+class ScheduleFree(_Calibrating):
     "Train at y; validate, predict, save, export and stop at x: for a `Learner` with `RAdamScheduleFree`"
     order = ParamScheduler.order+1 # a scheduled β1 is set by then
     def __init__(self,
@@ -173,9 +191,8 @@ class ScheduleFree(Callback):
     ): self.bn_batches,self.stale = bn_batches,[]
 
     def before_fit(self):
-        if self.opt is not None and not isinstance(self.opt, RAdamScheduleFree):
-            raise TypeError(f"ScheduleFree is the callback of RAdamScheduleFree, and this Learner's optimizer is {type(self.opt).__name__}: use opt_func=RAdamScheduleFreeFn")
-        self.run = self.opt is not None # an exported `Learner` has none
+        if self.opt is not None and not isinstance(self.opt, RAdamScheduleFree): # an exported `Learner` has none
+            raise TypeError(f"ScheduleFree needs opt_func=RAdamScheduleFreeFn, and this Learner's optimizer is {type(self.opt).__name__}")
 
     def before_epoch(self): self.learn._do_epoch_train = self._train_epoch
     def after_epoch(self): vars(self.learn).pop('_do_epoch_train', None)
@@ -191,19 +208,3 @@ class ScheduleFree(Callback):
         finally:
             learn.opt.eval()
             if not in_finder(learn): self.stale = _training_norms(self.model) # the finder restores its own
-
-    def _calibrate(self):
-        norms,self.stale = self.stale,[]
-        if norms and self.bn_batches: _recalibrate(self.model, norms, self._batches())
-
-# %% ../nbs/05_schedule_free.ipynb #1b882a03
-@patch
-def _batches(self:ScheduleFree):
-    "Inputs of training batches; neither the data's nor anyone else's random numbers move on"
-    dl,learn = self.dls.train,self.learn
-    rng = deepcopy(getattr(dl, 'rng', None))
-    with no_random():
-        for b in islice(dl, self.bn_batches):
-            learn._split(learn._set_device(b))
-            yield learn.xb
-    if rng is not None: dl.rng = rng

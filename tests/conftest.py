@@ -1,19 +1,30 @@
 """What every test shares: no display, one seed, and the folder of optional data archives."""
-import os, random, runpy, sys
+import os
+import random
 from pathlib import Path
 
 os.environ.setdefault('MPLBACKEND', 'Agg')
 
-import numpy as np, pytest, torch
+import numpy as np
+import pytest
+import torch
 from PIL import Image
 
-import attacks
+from helpers import run_command, summary, tally
 
 torch.set_num_threads(1) # the tensors here are small: a second thread only waits for the first
 
+def pytest_sessionfinish(session):
+    "With pytest-xdist, a worker hands its tally to the process that prints"
+    if hasattr(session.config, 'workeroutput'): session.config.workeroutput['tally'] = [(*k, n) for k,n in tally.items()]
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    for what,end,n in getattr(node, 'workeroutput', {}).get('tally', []): tally[what,end] += n
+
 def pytest_terminal_summary(terminalreporter):
-    if attacks.tally: terminalreporter.section('attacks')
-    for line in attacks.summary(): terminalreporter.line(line)
+    if tally: terminalreporter.section('attacks')
+    for line in summary(): terminalreporter.line(line)
 
 @pytest.fixture(autouse=True)
 def seed():
@@ -29,16 +40,11 @@ def data_path():
     if not path.is_dir(): pytest.skip('set RADAM_DATA to a folder of data archives to run this')
     return path
 
-MODULES = dict(demo='recipes.demo', imagenette='recipes.imagenette', experiment='experiments.main', bench='bench.main') # of the commands
-
 @pytest.fixture
 def cli(monkeypatch, capsys, tmp_path):
     "Run a recipe as its console script does, in this process: exit status, what went to stdout and to stderr"
     def _cli(name, *args):
-        script = tmp_path/f'radam-{name}'
-        script.write_text(f'import sys\nfrom radam_fastai.{MODULES[name]} import main\nsys.exit(main())')
-        monkeypatch.setattr(sys, 'argv', [str(script), *map(str, args)])
-        with pytest.raises(SystemExit) as e: runpy.run_path(str(script), run_name='__main__')
+        with pytest.raises(SystemExit) as e: run_command(name, args, monkeypatch, tmp_path)
         return e.value.code or 0, *capsys.readouterr()
     return _cli
 
@@ -58,6 +64,7 @@ def tiny(monkeypatch):
     "A small XResNet under the name of xresnet18, and figures that are not drawn: for tests of what is around them"
     from fastai.layers import ResBlock
     from fastai.vision.models.xresnet import XResNet
+
     from radam_fastai.recipes import imagenette, report
     monkeypatch.setitem(imagenette.ARCHS, 'xresnet18', lambda **kw: XResNet(ResBlock, 1, [1,1,1,1], stem_szs=(4,4,64), widen=.25, **kw))
     for f in 'plot_runs','plot_summary': monkeypatch.setattr(report, f, lambda *a: None)

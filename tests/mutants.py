@@ -2,18 +2,24 @@
 
 Each mutant is a copy of the project with one replacement made in a module. A mutant that no test catches is a missing test.
 It is not part of the suite: it takes some minutes."""
-import os, shutil, subprocess, sys, tempfile
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
 
-modules = 'rectify','parity','warmup','optimizer','checkpoint','torch_optim','learner','callback','gradients','advisor','guard','mutated','numbers','bad_input' # with tests to run
+modules = ['rectify', 'parity', 'baselines', 'optimizer', 'checkpoint', 'torch_optim', 'torch_state', 'torch_wrapper', 'learner',
+           'recorder', 'loggers', 'finder', 'gradients', 'advisor', 'guard', 'mutated', 'numbers', 'bad_input'] # with tests to run
 
 mutants = { # name: (module, what is there, what stands there instead)
     'threshold 4 instead of 5':      ('rectify', 'threshold:float=5, # The adaptive', 'threshold:float=4, # The adaptive'),
     'rho without bias correction':   ('rectify', 'math.exp(-y)/math.expm1(-y)', '-math.exp(-y)'),
     'early rho is the step count':   ('rectify', 'if y < 1: return step + _langevin(x/2) - step*_langevin(y/2)', 'if y < 1: return step'),
-    'eps ignored':                   ('functional', 'adam = dict(mom=mom, sqr_mom=sqr_mom, eps=eps)', 'adam = dict(mom=mom, sqr_mom=sqr_mom, eps=0.)'),
+    'eps ignored':                   ('functional', 'adam = dict(mom=mom, sqr_mom=sqr_mom, eps=eps)',
+                                      'adam = dict(mom=mom, sqr_mom=sqr_mom, eps=0.)'),
     'eps on the other side':         ('functional', 'if not eps_debiased: eps /=', 'if eps_debiased: eps /='),
     'decay scaled by r_t':           ('functional', 'if decouple_wd: wd /= lr_mult/wd_mult', 'pass'),
     'rectifier ignored':             ('functional', 'decouple_wd=decouple_wd, lr=lr*lr_mult,', 'decouple_wd=decouple_wd, lr=lr,'),
@@ -37,12 +43,18 @@ mutants = { # name: (module, what is there, what stands there instead)
     'gradients kept':                ('bucket', 'self.grads = [] # or', 'pass # or'),
     'step counts mixed':             ('bucket', "p.dtype, (int(s['step'])", 'p.dtype, (0'),
     'mom read once':                ('optimizer', 'return [check_hypers(**{k: h[k] for k in hyper_names}) for h in self.hypers]',
-                                      "self._mom = getattr(self, '_mom', self.hypers[0]['mom'])\n    return [check_hypers(**{**{k: h[k] for k in _hypers}, 'mom': self._mom}) for h in self.hypers]"),
+                                      "self._mom = getattr(self, '_mom', self.hypers[0]['mom'])\n"
+                                      "    return [check_hypers(**{**{k: h[k] for k in hyper_names},\n"
+                                      "                           'mom': self._mom}) for h in self.hypers]"),
     'lr read once':                 ('optimizer', 'return [check_hypers(**{k: h[k] for k in hyper_names}) for h in self.hypers]',
-                                      "self._lr = getattr(self, '_lr', self.hypers[0]['lr'])\n    return [check_hypers(**{**{k: h[k] for k in _hypers}, 'lr': self._lr}) for h in self.hypers]"),
+                                      "self._lr = getattr(self, '_lr', self.hypers[0]['lr'])\n"
+                                      "    return [check_hypers(**{**{k: h[k] for k in hyper_names},\n"
+                                      "                           'lr': self._lr}) for h in self.hypers]"),
     'hypers of the first group':     ('optimizer', 'self._update(b, hypers[b.group])', 'self._update(b, hypers[0])'),
-    'hypers unchecked':              ('optimizer', 'return [check_hypers(**{k: h[k] for k in hyper_names}) for h in self.hypers]', 'return [{k: float(h[k]) for k in hyper_names} for h in self.hypers]'),
-    'gradients zeroed, not released': ('optimizer', 'for p in pg: p.grad = None', 'for p in pg:\n            if p.grad is not None: p.grad.zero_()'),
+    'hypers unchecked':              ('optimizer', 'return [check_hypers(**{k: h[k] for k in hyper_names}) for h in self.hypers]',
+                                      'return [{k: float(h[k]) for k in hyper_names} for h in self.hypers]'),
+    'gradients zeroed, not released': ('optimizer', 'for p in pg: p.grad = None',
+                                       'for p in pg:\n            if p.grad is not None: p.grad.zero_()'),
     'loaded tensors aliased':        ('functional', 'return torch.empty_like(p, requires_grad=False).copy_(t.detach())', 'return t'),
     'shapes unchecked':              ('checkpoint', 'if t.shape != p.shape:', 'if False:'),
     'flags lost on loading':         ('checkpoint', 'return {k: old[k] for k in flags if k in old}', 'return {}'),
@@ -53,64 +65,75 @@ mutants = { # name: (module, what is there, what stands there instead)
     'moved in place unnoticed':      ('bucket', 'self._orders() != self.orders', 'False'),
     'gaps unnoticed':                ('bucket', ',all(map(Tensor.is_contiguous, self.vectors))', ''),
     'averages stay behind':          ('bucket', 'if s[k].device != p.device or layout(s[k]) != order:', 'if False:'),
-    'old states kept alive':         ('bucket', 'self.sizes,self.params,self.states,self.idle,self.buckets = [],[],[],[],[]', 'self.sizes,self.params,self.states,self.idle,self.buckets = [],[],[],[],getattr(self, "buckets", [])'),
+    'old states kept alive':         ('bucket', 'self.sizes,self.params,self.states,self.idle,self.buckets = [],[],[],[],[]',
+                                      'self.sizes,self.params,self.states,self.idle,self.buckets = [],[],[],[],'
+                                      'getattr(self, "buckets", [])'),
     'a count set in place unnoticed': ('bucket', 'if not self.counter.intact() or {', 'if {'),
-    'decay not warmed up':           ('warmup', 'scale_wd=True', 'scale_wd=False'),
+    'decay not warmed up':           ('baselines', 'scale_wd=True', 'scale_wd=False'),
     'decay warmed up in one path':   ('functional', '1-lr*wd_mult*wd', '1-lr*wd'),
-    'waiting moves the first moment': ('warmup', "'mom': 1.}", '}'),
-    'waiting decays':                ('warmup', "'sgd_phase': 'skip', 'scale_wd'", "'sgd_phase': 'momentum', 'scale_wd'"),
-    'one count for both moments':    ('warmup', "unbias = (1", 'unbias = 1. or (1'),
-    'decay debiased, too':           ('warmup', "'scale_wd': False}", "'scale_wd': True}"),
-    'frozen steps counted as waited': ('warmup', "if self.settings['sgd_phase'] == 'freeze': return", 'pass'),
-    'the wait not saved':            ('warmup', "for s in bucket.states: s['waited'] = waited+1", 'pass'),
-    'waits mixed':                   ('warmup', "(*kind.counts, s.get('waited', 0))", 'kind.counts'),
-    'a changed wait unnoticed':      ('warmup', "and all(len({s.get('waited', 0) for s in b.states}) == 1 for b in self.buckets)", ''),
-    'any wait is loaded':            ('warmup', 'if waited > step:', 'if False:'),
-    'a wait is forgotten':           ('checkpoint', 'and waited == 0):', '):', 'warmup'),
+    'waiting moves the first moment': ('baselines', 'bucket.grad_avgs = kept',
+                                       'for o,new in zip(kept, bucket.grad_avgs): o.copy_(new)\n        bucket.grad_avgs = kept'),
+    'waiting decays':                ('baselines', "'sgd_phase': 'skip', 'scale_wd'", "'sgd_phase': 'momentum', 'scale_wd'"),
+    'one count for both moments':    ('baselines', "unbias = (1", 'unbias = 1. or (1'),
+    'decay debiased, too':           ('baselines', "'scale_wd': False}", "'scale_wd': True}"),
+    'frozen steps counted as waited': ('baselines', "if self.settings['sgd_phase'] == 'freeze': return", 'pass'),
+    'the wait not saved':            ('baselines', "for s in bucket.states: s['waited'] = waited+1", 'pass'),
+    'waits mixed':                   ('baselines', "(*kind.counts, s.get('waited', 0))", 'kind.counts'),
+    'a changed wait unnoticed':      ('baselines', "and all(len({s.get('waited', 0) for s in b.states}) == 1 for b in self.buckets)", ''),
+    'any wait is loaded':            ('baselines', 'if waited > step:', 'if False:'),
+    'a wait is forgotten':           ('checkpoint', 'and waited == 0):', '):', 'baselines'),
     'captured in a graph':           ('functional', 'if torch.cuda.is_available() and', 'if False and', 'around'),
     'fake tensors are believed':     ('functional', 'with no_dispatch():', 'if True:', 'around'),
-    'debiased in float32':           ('functional', "device.type == 'cpu' or debias_error(step, mom, sqr_mom) <= KERNEL_TOL", 'True', 'around'),
+    'debiased in float32':           ('functional', "device.type == 'cpu' or debias_error(step, mom, sqr_mom) <= KERNEL_TOL", 'True',
+                                      'around'),
     'β1 debiases well':              ('functional', 'return error(mom) + error(sqr_mom)/2', 'return error(sqr_mom)/2', 'around'),
-    'the model is not put back':     ('checkpoint', 'model.load_state_dict(before)', 'pass', 'guard'),
-    'the optimizer is not put back': ('checkpoint', "whose,undo = 'model',[*undo, _undo_model(model)]", "whose,undo = 'model',[_undo_model(model)]", 'guard'),
+    'the model is not put back':     ('guard', 'model.load_state_dict(before)', 'pass', 'guard'),
+    'the optimizer is not put back': ('guard', "whose,undo = 'model',[*undo, _undo_model(model)]",
+                                      "whose,undo = 'model',[_undo_model(model)]", 'guard'),
     'nonsense from a rule':          ('functional', 'if r is not None and not 0 < r < math.inf:', 'if False:'),
-    'warm-up one step late':         ('warmup', 'min(1., step/n_steps)', 'min(1., (step-1)/n_steps or 1e-9)'),
-    'wait one step short':           ('warmup', 'None if step <= n_steps else 1.', 'None if step < n_steps else 1.'),
-    'n_steps unchecked':             ('checkpoint', 'if not isinstance(n, Real) or not least <= n', 'if not isinstance(n, Real) or not 0 <= n'),
-    'Adam-eps after debiasing':      ('warmup', 'eps=1e-4, eps_debiased=False', 'eps=1e-4'),
-    'r_t of the step before':        ('readout', 'r = how.rule(step, sqr_mom)', 'r = how.rule(max(1, step-1), sqr_mom)'),
-    'a frozen phase moves':          ('readout', "idle = lr if how.sgd_phase == 'momentum' else 0.", 'idle = lr'),
-    'lookahead not looked into':     ('readout', 'return opt if inner is None else innermost(inner)', 'return opt'),
-    'counts of a group averaged':    ('readout', 'return [sorted(set(counts.values())) for', 'return [sorted({sum(counts.values())//max(1, len(counts))}) for'),
-    'skipped steps unmarked':        ('callback', "'skipped' if self.skipped else 'restart'*", "'restart'*"),
-    'skipped steps move':            ('callback', "if event == 'skipped': now = now._replace(effective_lr=0.)", ''),
-    'a restart unmarked':            ('callback', 'if n and last.get(i, n-1) != n-1', 'if False'),
-    'a restart hidden by a skip':    ('callback', 'if not self.skipped: last.update(counts)', 'last.update(counts)'),
-    'the finder leaves rows':        ('callback', "self.run,self.how = not in_finder(self.learn) and not hasattr(self, 'gather_preds')", "self.run,self.how = True"),
-    'hypers stay published':         ('callback', '        if learn.opt is view: learn.opt = opt', '        pass'),
-    'the table has the last row':    ('callback', 'float(rows[rows.adaptive][k].mean())', 'float(rows[k].iloc[-1])'),
-    'validation trains':             ('callback', 'if self.epoch_start is None or not self.in_table: return', 'if not self.in_table: return'),
-    'a foreign file is added to':    ('callback', 'if data and not data.startswith(header):', 'if False:'),
-    'half a line stays':             ('callback', "f.truncate(data.rfind(b'\\n')+1)", 'pass'),
-    'part of a line is written':     ('callback', '            f.truncate(end)\n', ''),
-    'rows lost by a full disk':      ('callback', '    else: self.saved,self.csv_failed = len(self.data),False', '    finally: self.saved = len(self.data)'),
-    'loggers end the run':           ('callback', "if event_name == 'before_fit': raise", 'raise'),
-    'fastai signals swallowed':      ('callback', 'except _CONTROL: raise', 'except ZeroDivisionError: raise'),
-    'the axis is what was asked for': ('callback', 'self.now.effective_lr if self.now.adaptive', 'self.now.lr if self.now.adaptive'),
-    'the finder forgets the lr':     ('callback', 'if had_opt: learn.opt.set_hypers(**hypers)', 'if had_opt: pass'),
-    'clipping not seen':             ('callback', 'order = 100 #', 'order = 9 #'),
-    'zeros on the axis':             ('callback', 'right=True) + (x.flatten() != 0)', 'right=True) + 1'),
-    'v not debiased':                ('callback', '/ (1-np.asarray(sqr_mom)**t)[:,None]', '/ 1'),
-    'advice counts from zero':       ('warmup', 'range(start+1, start+1+n_steps)', 'range(start+2, start+2+n_steps)'),
-    'accumulation unknown to advice': ('warmup', '// max(1, math.ceil(n_acc/(self.dls.train.bs or 1)))', ''),
-    'schedule of the first group':   ('warmup', 'np.ravel(f(i/n_steps))[-1]', 'np.ravel(f(i/n_steps))[0]'),
-    'silent about two warm-ups':     ('warmup', 'if peak and schedule[0] < FULL', 'if False and schedule[0] < FULL'),
+    'warm-up one step late':         ('baselines', 'min(1., step/n_steps)', 'min(1., (step-1)/n_steps or 1e-9)'),
+    'wait one step short':           ('baselines', 'None if step <= n_steps else 1.', 'None if step < n_steps else 1.'),
+    'n_steps unchecked':             ('checkpoint', 'if not isinstance(n, Real) or not least <= n',
+                                      'if not isinstance(n, Real) or not 0 <= n'),
+    'Adam-eps after debiasing':      ('baselines', 'eps=1e-4, eps_debiased=False', 'eps=1e-4'),
+    'r_t of the step before':        ('introspect', 'r = how.rule(step, sqr_mom)', 'r = how.rule(max(1, step-1), sqr_mom)'),
+    'a frozen phase moves':          ('introspect', "idle = lr if how.sgd_phase == 'momentum' else 0.", 'idle = lr'),
+    'lookahead not looked into':     ('introspect', 'return opt if inner is None else innermost(inner)', 'return opt'),
+    'counts of a group averaged':    ('introspect', 'return [sorted(set(counts.values())) for',
+                                      'return [sorted({sum(counts.values())//max(1, len(counts))}) for'),
+    'skipped steps unmarked':        ('recorder', "'skipped' if self.skipped else 'restart'*", "'restart'*"),
+    'skipped steps move':            ('recorder', "if event == 'skipped': now = now._replace(effective_lr=0.)", ''),
+    'a restart unmarked':            ('recorder', 'if n and self.last.get((group,i), n-1) != n-1', 'if False'),
+    'a restart hidden by a skip':    ('recorder', 'if not self.skipped: self.last.update(', 'self.last.update('),
+    'the finder leaves rows':        ('recorder', "self.run,self.how = not in_finder(self.learn) and not hasattr(self, 'gather_preds')",
+                                      "self.run,self.how = True"),
+    'hypers stay published':         ('recorder', '        if learn.opt is view: learn.opt = opt', '        pass'),
+    'the table has the last row':    ('recorder', 'float(rows[rows.adaptive][k].mean())', 'float(rows[k].iloc[-1])'),
+    'validation trains':             ('recorder', 'if self.epoch_start is None or not self.in_table: return',
+                                      'if not self.in_table: return'),
+    'a foreign file is added to':    ('recorder', 'if data and not data.startswith(header):', 'if False:'),
+    'half a line stays':             ('recorder', "f.truncate(data.rfind(b'\\n')+1)", 'pass'),
+    'part of a line is written':     ('files', 'with suppress(OSError): f.truncate(size)', 'pass', 'recorder'),
+    'rows lost by a full disk':      ('recorder', '    else: self.saved,self.csv_failed = len(self.data),False',
+                                      '    finally: self.saved = len(self.data)'),
+    'loggers end the run':           ('loggers', "if event_name == 'before_fit': raise", 'raise'),
+    'fastai signals swallowed':      ('loggers', 'except _CONTROL: raise', 'except ZeroDivisionError: raise'),
+    'the axis is what was asked for': ('finder', 'self.now.effective_lr if self.now.adaptive', 'self.now.lr if self.now.adaptive'),
+    'the finder forgets the lr':     ('finder', 'if had_opt: learn.opt.set_hypers(**hypers)', 'if had_opt: pass'),
+    'clipping not seen':             ('gradients', 'order = 100 #', 'order = 9 #'),
+    'zeros on the axis':             ('gradients', 'right=True) + (x.flatten() != 0)', 'right=True) + 1'),
+    'v not debiased':                ('gradients', '/ (1-np.asarray(sqr_mom)**t)[:,None]', '/ 1'),
+    'advice counts from zero':       ('advisor', 'range(start+1, start+1+n_steps)', 'range(start+2, start+2+n_steps)'),
+    'accumulation unknown to advice': ('advisor', '// max(1, math.ceil(n_acc/(self.dls.train.bs or 1)))', ''),
+    'schedule of the first group':   ('advisor', 'np.ravel(f(i/n_steps))[-1]', 'np.ravel(f(i/n_steps))[0]'),
+    'silent about two warm-ups':     ('advisor', 'if peak and schedule[0] < FULL', 'if False and schedule[0] < FULL'),
     'hypers do not write through':   ('torch_optim', 'set_item_pg(self.group, self.names[k], v)', 'pass'),
-    'a second state in the wrapper': ('torch_optim', 'def state(self): return self.opt.state', 'def state(self): return self.__dict__.setdefault("_state", defaultdict(dict))'),
+    'a second state in the wrapper': ('torch_optim', 'def state(self): return self.opt.state',
+                                      'def state(self): return self.__dict__.setdefault("_state", defaultdict(dict))'),
 }
 
-near_by = dict(readout=['callback'], callback=['gradients'], warmup=['advisor']) # whose tests to run next to a module's own
-near_tests = dict(callback='guard', functional='numbers') # and first, for those that follow
+near_by = dict(introspect=['recorder', 'finder'], torch_optim=['torch_state', 'torch_wrapper']) # whose tests to run next to a module's own
+near_tests = dict(functional='numbers') # and first, for those that follow
 unbreakable = { # of the guard, the loaders, and where numbers end
     'NaN is loaded':                 ('checkpoint', 'if not t.detach().to(p.dtype).isfinite().all():', 'if False:'),
     'a missing hyper unnoticed':     ('checkpoint', 'if lacks := set(_required) - set(new):', 'if lacks := set():'),
@@ -120,86 +143,113 @@ unbreakable = { # of the guard, the loaders, and where numbers end
     'a count beyond counting':       ('checkpoint', 'not least <= n <= 2**53', 'not least <= n < math.inf'),
     'flags of any type':             ('checkpoint', "for k in flags: _expect(s.get(k, True), bool, f'{at}: {k}')", 'pass'),
     'slow weights unchecked':        ('optimizer', 'check_slow_weights(slow, self.param_lists)', 'pass'),
-    'checksums ignored':             ('checkpoint', 'if bad := z.testzip():', 'if bad := None:'),
-    'code runs':                     ('checkpoint', 'load_model(path, model, opt)', 'load_model(path, model, opt, weights_only=False)'),
-    'code runs in a recipe':         ('recipes/checkpoint', "map_location='cpu', weights_only=True", "map_location='cpu', weights_only=False"),
-    'the model is loaded first':     ('checkpoint', '    check_model(model, model_state)\n', '    check_model(model, model_state)\n    model.load_state_dict(model_state)\n'),
-    'no way back':                   ('checkpoint', 'vars(o).clear(), vars(o).update(old)', 'pass'),
-    'NaN in a weight':               ('checkpoint', 'if t.is_floating_point() and (~t', 'if False and (~t'),
-    'an optimizer is no need':       ('checkpoint', 'if with_opt and opt_state is None: raise', 'if False: raise'),
-    'rows of no table':              ('recipes/checkpoint', "if not all(isinstance(o, dict) and o.keys() == state[k][0].keys() for o in state[k] or []):", 'if False:'),
-    'statistics stay bad':           ('callback', 'if not b.equal(was[1]): b.detach().copy_(was[1])', 'pass'),
-    'bad gradients stay':            ('callback', 'self.opt.zero_grad() # or', 'pass # or'),
-    'gradients are not looked at':   ('callback', 'values = [*losses, get_total_norm(grads)] if grads else losses', 'values = losses'),
-    'losses are not looked at':      ('callback', 'values = [*losses, get_total_norm(grads)] if grads else losses', 'values = [get_total_norm(grads)] if grads else []'),
-    'looked at behind the clipping': ('callback', 'order = MixedPrecision.order+.5', 'order = MixedPrecision.order+1.5'),
-    'looked at before the unscaling': ('callback', 'order = MixedPrecision.order+.5', 'order = MixedPrecision.order-.5'),
-    'one process stops alone':       ('callback', 'if num_distrib() > 1: torch', 'if False: torch'),
-    'broken weights are good':       ('callback', 'if bad: return f"But', 'if False: return f"But'),
-    'the finder is guarded':         ('callback', "hasattr(self, 'gather_preds')\n        if self.run and self.file", "hasattr(self, 'gather_preds')\n        self.run = True\n        if self.file"),
-    'skips without end':             ('callback', 'self.n_skipped >= self.max_skips', 'False'),
-    'left-over batches unnoticed':   ('callback', 'def after_train(self): self._check([]) # batches', 'def after_train(self): pass # batches'),
-    'an unwritable path is late news': ('callback', 'rank_distrib() == 0: check_writable(self._path)', 'False: check_writable(self._path)'),
-    'bad gradients count as none':   ('functional', "    if l2: grads = torch", "    grads = [g.nan_to_num(0., 0., 0.) for g in grads]\n    if l2: grads = torch"),
-    'some eps is always there':      ('functional', 'adam = dict(mom=mom, sqr_mom=sqr_mom, eps=eps)', 'adam = dict(mom=mom, sqr_mom=sqr_mom, eps=max(eps, 1e-30))'),
+    'checksums ignored':             ('guard', 'if bad := z.testzip():', 'if bad := None:'),
+    'code runs':                     ('guard', 'load_model(path, model, opt)', 'load_model(path, model, opt, weights_only=False)'),
+    'code runs in a recipe':         ('recipes/checkpoint', "map_location='cpu', weights_only=True",
+                                      "map_location='cpu', weights_only=False"),
+    'the model is loaded first':     ('guard', '    check_model(model, model_state)\n',
+                                      '    check_model(model, model_state)\n    model.load_state_dict(model_state)\n'),
+    'no way back':                   ('guard', 'vars(o).clear(), vars(o).update(old)', 'pass'),
+    'NaN in a weight':               ('guard', 'if t.is_floating_point() and (~t', 'if False and (~t'),
+    'an optimizer is no need':       ('guard', 'if with_opt and opt_state is None: raise', 'if False: raise'),
+    'rows of no table':              ('recipes/checkpoint',
+                                      "if not all(isinstance(o, dict) and o.keys() == state[k][0].keys() for o in state[k] or []):",
+                                      'if False:'),
+    'statistics stay bad':           ('guard', 'if not b.equal(was[1]): b.detach().copy_(was[1])', 'pass'),
+    'bad gradients stay':            ('guard', 'self.opt.zero_grad() # or', 'pass # or'),
+    'gradients are not looked at':   ('guard', 'values = [*losses, get_total_norm(grads)] if grads else losses', 'values = losses'),
+    'losses are not looked at':      ('guard', 'values = [*losses, get_total_norm(grads)] if grads else losses',
+                                      'values = [get_total_norm(grads)] if grads else []'),
+    'looked at behind the clipping': ('guard', 'order = MixedPrecision.order+.5', 'order = MixedPrecision.order+1.5'),
+    'looked at before the unscaling': ('guard', 'order = MixedPrecision.order+.5', 'order = MixedPrecision.order-.5'),
+    'one process stops alone':       ('guard', 'if num_distrib() > 1: torch', 'if False: torch'),
+    'broken weights are good':       ('guard', 'if bad: return f"But', 'if False: return f"But'),
+    'the finder is guarded':         ('guard', "self.run = not in_finder(self.learn) and not hasattr(self, 'gather_preds')",
+                                      'self.run = True'),
+    'skips without end':             ('guard', 'self.n_skipped >= self.max_skips', 'False'),
+    'left-over batches unnoticed':   ('guard', 'def after_train(self): self._check([]) # batches', 'def after_train(self): pass # batches'),
+    'an unwritable path is late news': ('guard', 'rank_distrib() == 0: check_writable(self._path)', 'False: check_writable(self._path)'),
+    'bad gradients count as none':   ('functional', "    if l2: grads = torch",
+                                      "    grads = [g.nan_to_num(0., 0., 0.) for g in grads]\n    if l2: grads = torch"),
+    'some eps is always there':      ('functional', 'adam = dict(mom=mom, sqr_mom=sqr_mom, eps=eps)',
+                                      'adam = dict(mom=mom, sqr_mom=sqr_mom, eps=max(eps, 1e-30))'),
     'long runs count no further':    ('functional', 'kernel_step.fill_(step)', 'kernel_step.fill_(min(step, 65535))'),
-    'β2 in half the digits':         ('functional', 'torch._foreach_div_(denoms, math.sqrt(1 - sqr_mom**step))', 'torch._foreach_div_(denoms, math.sqrt(1 - float(torch.tensor(sqr_mom))**step))'),
+    'β2 in half the digits':         ('functional', 'torch._foreach_div_(denoms, math.sqrt(1 - sqr_mom**step))',
+                                      'torch._foreach_div_(denoms, math.sqrt(1 - float(torch.tensor(sqr_mom))**step))'),
 }
 mutants.update(unbreakable)
 
 lasting = { # of jobs that are killed, of disks, command lines and processes; the last word is the test that is to find it
-    'a checkpoint written in place': ('recipes/files', "tmp = path.with_name(f'.tmp-{path.name}')", 'tmp = path', 'resume'),
+    'a checkpoint written in place': ('files', "tmp = path.with_name(f'.tmp-{path.name}')", 'tmp = path', 'resume'),
     'random numbers go on':          ('recipes/checkpoint', '        set_seed(s)\n', '', 'resume'),
     'the order of items goes on':    ('recipes/checkpoint', 'self.dls.train.rng = random.Random(s)', 'pass', 'resume'),
-    'the loss scale starts anew':    ('recipes/checkpoint', "if state['scaler']: scaler.load_state_dict(state['scaler'])", 'pass', 'resume'),
-    'the smoothed loss starts anew': ('recipes/checkpoint', "learn.recorder.smooth_loss.val,learn.recorder.smooth_loss.count = state['smooth_loss']", 'pass', 'resume'),
+    'the loss scale starts anew':    ('recipes/checkpoint', "if state['scaler']: scaler.load_state_dict(state['scaler'])", 'pass',
+                                      'resume'),
+    'the smoothed loss starts anew': ('recipes/checkpoint',
+                                      "learn.recorder.smooth_loss.val,learn.recorder.smooth_loss.count = state['smooth_loss']", 'pass',
+                                      'resume'),
     'the epoch is trained again':    ('recipes/checkpoint', 'dict(epoch=learn.epoch+1,', 'dict(epoch=max(1, learn.epoch),', 'resume'),
-    'the checkpoint goes first':     ('recipes/jobs', "        append_record(out/'records.jsonl', record)\n", "        if not keep: path.unlink(missing_ok=True)\n        append_record(out/'records.jsonl', record)\n", 'resume'),
-    'half a record joined to the next': ('recipes/files', "data = b'\\n' + data", 'pass', 'resume'),
-    'mixed precision stays on':      ('recipes/jobs', 'cast.__exit__(None, None, None)', 'pass', 'resume'),
+    'the checkpoint goes first':     ('recipes/jobs', "        append_record(out/'records.jsonl', record)\n",
+                                      "        if not keep: path.unlink(missing_ok=True)\n"
+                                      "        append_record(out/'records.jsonl', record)\n", 'resume'),
+    'half a record joined to the next': ('files', "data = b'\\n' + data", 'pass', 'resume'),
+    'mixed precision stays on':      ('recipes/precision', 'cast.__exit__(None, None, None)', 'pass', 'resume'),
     'two jobs in a folder':          ('recipes/jobs', "lock = FileLock(out/'.lock').acquire(timeout=0)", 'lock = nullcontext()', 'resume'),
     'half-written files pile up':    ('recipes/jobs', "for p in out.glob('.tmp-*'): p.unlink()", 'pass', 'resume'),
-    'PyTorch explains the disk':     ('checkpoint', 'return e.__context__ if isinstance(e.__context__, OSError) else e', 'return e', 'disk'),
+    'PyTorch explains the disk':     ('files', 'return e.__context__ if isinstance(e.__context__, OSError) else e', 'return e', 'disk'),
     'an unwritable folder':          ('recipes/cli', "check(os.access(out, os.W_OK|os.X_OK)", 'check(True', 'disk'),
     'a record that is no record':    ('recipes/jobs', "if state: check_begun(state.get('about'), path)", 'pass', 'mutated'),
     'archives may write anywhere':   ('recipes/data', "filter='data'", "filter='fully_trusted'", 'data'),
     'half an archive':               ('recipes/data', "while t.fileobj.read(2**20): pass", 'pass', 'data'),
-    'all unpack at once':            ('recipes/files', "lock = FileLock(f'{tmp}.lock').acquire()", 'from contextlib import nullcontext; lock = nullcontext()', 'data'),
+    'all unpack at once':            ('files', "lock = FileLock(f'{tmp}.lock').acquire()",
+                                      'from contextlib import nullcontext; lock = nullcontext()', 'data'),
     'NaN is in every range':         ('recipes/cli', 'check(lo <= opts[k] <= hi,', 'check(not (opts[k] < lo or opts[k] > hi),', 'fuzz'),
     'an empty list is a value':      ('recipes/cli', 'check(v != [],', 'check(True,', 'fuzz'),
     'any name will do':              ('recipes/cli', 'check(val in allowed,', 'check(True,', 'fuzz'),
     'an error is a traceback':       ('recipes/cli', '            raise SystemExit(2) from None', '            raise', 'fuzz'),
-    'half of each batch twice':      ('recipes/distributed', 'b[self.rank*len(b)//self.world_size:(self.rank+1)*len(b)//self.world_size]', 'b[:max(1, len(b)//self.world_size)]', 'distributed'),
+    'half of each batch twice':      ('recipes/distributed', 'b[self.rank*len(b)//self.world_size:(self.rank+1)*len(b)//self.world_size]',
+                                      'b[:max(1, len(b)//self.world_size)]', 'distributed'),
     'each process validates alone':  ('recipes/distributed', 'torch.distributed.all_reduce(sums)', 'pass', 'distributed'),
     'any name for a file':           ('recipes/records', 'PureWindowsPath(name).name != name', 'False', 'runs'),
-    'links are written through':     ('recipes/files', 'tmp.unlink(missing_ok=True) # it may be', 'pass # it may be', 'runs'),
-    'NaN is no JSON':                ('recipes/records', "json.dumps(_named(record), default=str, allow_nan=False)", 'json.dumps(record, default=str)', 'runs'),
-    'no sync, no file':              ('recipes/files', 'if e.errno not in _cannot_sync: raise', 'raise', 'runs'),
+    'links are written through':     ('files', 'tmp.unlink(missing_ok=True) # it may be', 'pass # it may be', 'runs'),
+    'NaN is no JSON':                ('recipes/records', "json.dumps(_named(record), default=str, allow_nan=False)",
+                                      'json.dumps(record, default=str)', 'runs'),
+    'no sync, no file':              ('files', 'if e.errno not in _cannot_sync: raise', 'raise', 'runs'),
     'HTML in a table':               ('recipes/report', 'html.escape(_printable(o), quote=False)', '_printable(o)', 'runs'),
-    'a seed counts twice':           ('recipes/report', 'list({(_asked(r), r[\'seed\']): r for r in records}.values())', 'list(records)', 'recipes'),
+    'a seed counts twice':           ('recipes/report', 'list({(_asked(r), r[\'seed\']): r for r in records}.values())', 'list(records)',
+                                      'recipes'),
     'a forgotten resume':            ('recipes/jobs', 'if not (resume or anew): check_finished(runs, out, done)', 'pass', 'resume'),
-    'a finished checkpoint stays':   ('recipes/jobs', "if record and record.get('kept') is False and not keep and is_main():", 'if False:', 'resume'),
+    'a finished checkpoint stays':   ('recipes/jobs', "if record and record.get('kept') is False and not keep and is_main():", 'if False:',
+                                      'resume'),
     'sums in capitals':              ('recipes/data', 'name: digits.lower()', 'name: digits', 'data'),
     'the others are silent':         ('recipes/cli', 'if not (is_main() or everywhere): return', 'if not is_main(): return', 'distributed'),
     'underscores are unknown':       ('recipes/cli', "name.replace('_', '-') + equals + value", 'word', 'recipes'),
 }
 mutants.update(lasting)
 
+def planted(
+    name:str # One of `mutants`
+)->tuple: # Path of the module, and its source with the mutant in it
+    "The mutant `name`, which must fit in one place"
+    module,old,new,*_ = mutants[name]
+    path = Path(f'radam_fastai/{module}.py')
+    src = (root/path).read_text()
+    assert src.count(old) == 1, f'{name}: {old!r} stands {src.count(old)} times in {path}'
+    return path,src.replace(old, new)
+
 def caught(
     name:str # One of `mutants`
 )->str: # The first test that failed, or nothing
     "Run the tests on a copy of the project with the mutant `name` in it"
-    module,old,new,*nearest = mutants[name]
+    (path,src),(module,_,_,*nearest) = planted(name),mutants[name]
     with tempfile.TemporaryDirectory() as d:
         for o in 'radam_fastai','tests': shutil.copytree(root/o, Path(d)/o, ignore=shutil.ignore_patterns('__pycache__'))
-        f = Path(d)/f'radam_fastai/{module}.py'
-        src = f.read_text()
-        assert src.count(old) == 1, f'{name}: {old!r} stands {src.count(old)} times in {module}'
-        f.write_text(src.replace(old, new))
+        (Path(d)/path).write_text(src)
         near = [near_tests.get(module, 'mutated'), 'guard', 'mutated'] if name in unbreakable else [module, *near_by.get(module, [])]
         tests = [f'tests/test_{t}.py' for t in nearest or sorted(modules, key=lambda t: near.index(t) if t in near else len(near))]
         env = {**os.environ, 'PYTHONPATH': d}
-        res = subprocess.run([sys.executable, '-m', 'pytest', '-x', '-q', '-p', 'no:cacheprovider', *tests], cwd=d, env=env, capture_output=True, text=True)
+        res = subprocess.run([sys.executable, '-m', 'pytest', '-x', '-q', '-p', 'no:cacheprovider', *tests], cwd=d, env=env,
+                             capture_output=True, text=True)
         return next((l.split(' - ')[0] for l in res.stdout.splitlines() if l.startswith(('FAILED', 'ERROR'))), '')
 
 if __name__ == '__main__':

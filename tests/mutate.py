@@ -1,5 +1,9 @@
 """A seeded mutator of what checkpoints are made of: nests of dicts, lists, numbers and tensors, and the files that hold them."""
-import io, math, os, pickle, zipfile
+import io
+import math
+import os
+import pickle
+import zipfile
 
 import torch
 
@@ -73,7 +77,8 @@ def mutate(o, rng):
     how = rng.choice(['junk', 'junk', 'junk', 'junk', 'cut', 'add', 'rename', 'twice', 'swap'])
     if how == 'junk': holder[k],how = junk(holder[k], rng)
     elif how == 'cut': del holder[k]
-    elif how == 'add' and isinstance(holder, dict): holder[rng.choice(['x', 99, 'slow_weights', 'exp_avg', 'grad_avg', 'do_wd', 'waited'])] = junk(1, rng)[0]
+    elif how == 'add' and isinstance(holder, dict):
+        holder[rng.choice(['x', 99, 'slow_weights', 'exp_avg', 'grad_avg', 'do_wd', 'waited'])] = junk(1, rng)[0]
     elif how == 'rename' and isinstance(holder, dict): holder[rng.choice(['x', f'{k}_', 99])] = holder.pop(k)
     elif how == 'twice' and isinstance(holder, list): holder.insert(k, holder[k])
     else:
@@ -102,7 +107,8 @@ def forge(data, rng):
     with zipfile.ZipFile(out, 'w') as new:
         for n in names:
             part = old.read(n)
-            if n == target and (how := rng.choice(['damaged', 'damaged', 'damaged', 'missing', 'twice', 'outside'])) == 'damaged': part,how = damage(part, rng)
+            if n == target and (how := rng.choice(['damaged', 'damaged', 'damaged', 'missing', 'twice', 'outside'])) == 'damaged':
+                part,how = damage(part, rng)
             if n == target and how == 'missing': continue
             if n == target and how == 'twice': new.writestr(n + '.', part)
             new.writestr(f'../{n}' if n == target and how == 'outside' else n, part)
@@ -113,13 +119,17 @@ def evil_pickles(path):
     cmd = f'touch {path}'
     code = f"open({str(path)!r}, 'w')"
     return {
-        'reduce, protocol 0': pickle.dumps(RunsCode(path), 0), 'reduce, protocol 2': pickle.dumps(RunsCode(path), 2), 'reduce, protocol 5': pickle.dumps(RunsCode(path), 5),
+        'reduce, protocol 0': pickle.dumps(RunsCode(path), 0), 'reduce, protocol 2': pickle.dumps(RunsCode(path), 2),
+        'reduce, protocol 5': pickle.dumps(RunsCode(path), 5),
         'system':  f"cposix\nsystem\n(S'{cmd}'\ntR.".encode(), 'eval': b"cbuiltins\neval\n(V" + code.encode() + b"\ntR.",
         'exec':    b"cbuiltins\nexec\n(V" + code.encode() + b"\ntR.", 'inst': b"(V" + code.encode() + b"\nibuiltins\neval\n.",
-        'object':  b"(cbuiltins\neval\nV" + code.encode() + b"\no.", 'getattr': b"cbuiltins\ngetattr\n(cos\n__dict__\nV" + cmd.encode() + b"\ntR.",
-        'partial': b"cfunctools\npartial\n(cos\nsystem\nV" + cmd.encode() + b"\ntR)R.", 'torch.load': b"ctorch\nload\n(V" + code.encode() + b"\ntR.",
+        'object':  b"(cbuiltins\neval\nV" + code.encode() + b"\no.",
+        'getattr': b"cbuiltins\ngetattr\n(cos\n__dict__\nV" + cmd.encode() + b"\ntR.",
+        'partial': b"cfunctools\npartial\n(cos\nsystem\nV" + cmd.encode() + b"\ntR)R.",
+        'torch.load': b"ctorch\nload\n(V" + code.encode() + b"\ntR.",
         'build':   b"ccollections\nOrderedDict\n)R}V__setstate__\ncos\nsystem\nsbV" + cmd.encode() + b"\nb.",
-        'numpy':   b"cnumpy.testing._private.utils\nrunstring\n(V" + code.encode() + b"\n}tR.", 'inline': b"ctorch._inductor.codecache\n_reload_python_module\n(VX\nVY\ntR."}
+        'numpy':   b"cnumpy.testing._private.utils\nrunstring\n(V" + code.encode() + b"\n}tR.",
+        'inline': b"ctorch._inductor.codecache\n_reload_python_module\n(VX\nVY\ntR."}
 
 def archive(pickled):
     "A file as `torch.save` writes it, around any pickle"

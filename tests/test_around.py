@@ -2,14 +2,16 @@
 import copy
 from functools import partial
 
-import numpy as np, pytest, torch
+import numpy as np
+import pytest
+import torch
 from torch import nn
 
+from helpers import build, close, identical, numbers, run
 from radam_fastai import functional
 from radam_fastai.functional import KERNEL_TOL, debias_error, has_fused_kernel, radam_step_
 from radam_fastai.optimizer import RAdam, RAdamFn, Ranger
 from radam_fastai.torch_optim import RAdam as TorchRAdam, RAdamWrapper
-from test_checkpoint import build, close, identical, numbers, run
 
 OPTS = dict(RAdam=RAdam, Ranger=partial(Ranger, k=3), torch=TorchRAdam, wrapper=RAdamWrapper)
 each = pytest.mark.parametrize('opt_func', OPTS.values(), ids=OPTS)

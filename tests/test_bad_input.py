@@ -1,24 +1,29 @@
 """Hyper-parameters, settings, parameters and gradients that cannot be: each is an error that names it, before anything has changed."""
-import math, random
+import math
+import random
 from functools import partial
 
-import fastai.optimizer as fo, pytest, torch
+import fastai.optimizer as fo
+import pytest
+import torch
 from torch import nn
 
-from attacks import FULL, tally
+from helpers import FULL, identical, tally
+from radam_fastai.baselines import SGD, Adam, Adam2kFn, AdamLinearFn
 from radam_fastai.optimizer import RAdam, Ranger
 from radam_fastai.torch_optim import RAdam as TorchRAdam, RAdamWrapper
-from radam_fastai.baselines import SGD, Adam, Adam2kFn, AdamLinearFn
-from test_checkpoint import identical
 
 nan,inf = math.nan,math.inf
-FASTAI = dict(lr=[0, inf], mom=[0, 1], sqr_mom=[0, 1], eps=[0, inf], wd=[0, inf], beta=[0, inf]) # what is allowed: from the first number to below the second
+# what is allowed: from the first number to below the second
+FASTAI = dict(lr=[0, inf], mom=[0, 1], sqr_mom=[0, 1], eps=[0, inf], wd=[0, inf], beta=[0, inf])
 ADAM = {k: v for k,v in FASTAI.items() if k != 'beta'}
 TORCH = dict(lr=[0, inf], betas=[0, 1], eps=[0, inf], weight_decay=[0, inf])
 ALIASES = dict(betas=r'betas|mom|sqr_mom', weight_decay='weight_decay|wd')
-OPTS = {'RAdam': (RAdam, FASTAI), 'RAdam, L2': (partial(RAdam, decouple_wd=False), FASTAI), 'Ranger': (Ranger, FASTAI), 'Adam': (Adam, ADAM),
+OPTS = {'RAdam': (RAdam, FASTAI), 'RAdam, L2': (partial(RAdam, decouple_wd=False), FASTAI), 'Ranger': (Ranger, FASTAI),
+        'Adam': (Adam, ADAM),
     'Adam, linear': (AdamLinearFn, ADAM), 'Adam-2k': (partial(Adam2kFn, n_steps=3), ADAM),
-    'SGD': (SGD, dict(lr=[0, inf], mom=[0, 1], wd=[0, inf])), 'torch': (TorchRAdam, TORCH), 'torch, foreach': (partial(TorchRAdam, foreach=True), TORCH), 'wrapper': (RAdamWrapper, TORCH)}
+    'SGD': (SGD, dict(lr=[0, inf], mom=[0, 1], wd=[0, inf])), 'torch': (TorchRAdam, TORCH),
+    'torch, foreach': (partial(TorchRAdam, foreach=True), TORCH), 'wrapper': (RAdamWrapper, TORCH)}
 WRONG = ['x', '.1', None, 1j, {}, object(), b'1', torch.ones(2), [], 10**400, -10**400]
 
 def ps(dtype=torch.float32): return [nn.Parameter(torch.linspace(-1, 1, n).reshape(s).to(dtype)) for n,s in [(6, (2,3)), (3, (3,))]]
@@ -35,7 +40,10 @@ def far(rng, lo, hi):
     if hi < inf: out += [hi, hi+10**rng.uniform(-12, 12)]
     return rng.choice([*out, *out, *WRONG])
 
-def live_hypers(opt): return opt.hypers[0] if isinstance(opt, fo._BaseOptimizer) and not isinstance(opt, RAdamWrapper) else getattr(opt, 'opt', opt).param_groups[0]
+def live_hypers(opt):
+    if isinstance(opt, fo._BaseOptimizer) and not isinstance(opt, RAdamWrapper): return opt.hypers[0]
+    return getattr(opt, 'opt', opt).param_groups[0]
+
 def held(opt, params): return [p.detach().clone() for p in params],opt.state_dict()['state']
 
 def named(name, e): return any(k in str(e) for k in ALIASES.get(name, name).split('|'))
@@ -80,10 +88,12 @@ def twice():
     p, = ps()[:1]
     return [p, p]
 
-PARAMS = {'none': (list, 'no parameters|empty'), 'numbers': (lambda: [1., 2.], 'float'), 'text': (lambda: ['a'], 'str'), 'twice': (twice, 'more than once|duplicate'),
+PARAMS = {'none': (list, 'no parameters|empty'), 'numbers': (lambda: [1., 2.], 'float'), 'text': (lambda: ['a'], 'str'),
+          'twice': (twice, 'more than once|duplicate'),
     'integers': (integers, 'int64|require|gradient|float'), 'complex': (complexes, 'complex')}
 
-@pytest.mark.parametrize('name,what', [(n, w) for n in OPTS for w in PARAMS if n != 'SGD' and not (w == 'twice' and OPTS[n][1] is TORCH)]) # PyTorch warns
+# PyTorch warns
+@pytest.mark.parametrize('name,what', [(n, w) for n in OPTS for w in PARAMS if n != 'SGD' and not (w == 'twice' and OPTS[n][1] is TORCH)])
 def test_parameters(name, what):
     make,says = PARAMS[what]
     params = make()

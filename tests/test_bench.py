@@ -1,5 +1,7 @@
 "The step benchmark: what it counts, what it writes and what it refuses. No test depends on how long anything takes."
-import json, runpy, shlex, sys
+import json
+import shlex
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -7,35 +9,29 @@ import pytest
 import torch
 from fastai.callback.core import Callback
 
-from radam_fastai import bench
+from radam_fastai.bench import callbacks, main as command, step, train
 from radam_fastai.recipes.optims import Optim
 from radam_fastai.rectify import rectification
 
-HERE = [o for o in bench.TIMED if o not in bench.missing(bench.TIMED)]
+pytestmark = pytest.mark.slow
+
+HERE = [o for o in step.TIMED if o not in step.missing(step.TIMED)]
 RADAMS = [o for o in HERE if o not in ('fastai-adam', 'torch-adamw-fused')]
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
     "A model of three tensors, and an addition that is over at once"
     model = lambda: torch.nn.ParameterList(torch.empty(s) for s in [(4,3), (64,), ()])
-    monkeypatch.setitem(bench.MODELS, 'tiny', model)
-    monkeypatch.setattr(bench, 'ADD_SIZE', 1000)
+    monkeypatch.setitem(step.MODELS, 'tiny', model)
+    monkeypatch.setattr(step, 'ADD_SIZE', 1000)
 
 @pytest.fixture
-def cli(tmp_path, monkeypatch, capsys):
-    "Runs `radam-bench` as its console script does: exit status, stdout, stderr"
-    script = tmp_path/'radam-bench'
-    script.write_text('import sys\nfrom radam_fastai.bench.main import main\nif __name__ == "__main__": sys.exit(main())\n')
-    def run(*args):
-        monkeypatch.setattr(sys, 'argv', [str(script), *map(str, args)])
-        with pytest.raises(SystemExit) as e: runpy.run_path(str(script), run_name='__main__')
-        return (e.value.code or 0, *capsys.readouterr())
-    return run
+def cli(cli): return partial(cli, 'bench')
 
-def step(name, sizes, n=1):
+def stepped(name, sizes, n=1):
     "The optimizer `name` after `n` steps with the same gradients, and its parameters before and after the last"
-    params = bench.fresh_params(sizes)
-    opt,grads = bench.TIMED[name](params),[p.grad.clone() for p in params]
+    params = step.fresh_params(sizes)
+    opt,grads = step.TIMED[name](params),[p.grad.clone() for p in params]
     for _ in range(n):
         old = [p.detach().clone() for p in params]
         for p,g in zip(params, grads): p.grad.copy_(g)
@@ -44,35 +40,36 @@ def step(name, sizes, n=1):
 
 # --- models and contestants
 
-@pytest.mark.parametrize('model, n_params, n_tensors', [('xresnet18', 11_200_874, 68), ('xresnet50', 23_547_754, 167), ('small', 64_000, 1000)])
+@pytest.mark.parametrize('model, n_params, n_tensors',
+                         [('xresnet18', 11_200_874, 68), ('xresnet50', 23_547_754, 167), ('small', 64_000, 1000)])
 def test_models(model, n_params, n_tensors):
-    sizes = bench.shapes(model)
+    sizes = step.shapes(model)
     assert (sum(s.numel() for s in sizes), len(sizes)) == (n_params, n_tensors)
 
 def test_language_model_counts_its_tied_weights_once():
-    sizes = bench.shapes('awd_lstm')
+    sizes = step.shapes('awd_lstm')
     assert sizes.count((10_000, 400)) == 1 and 20e6 < sum(s.numel() for s in sizes) < 30e6
 
 def test_copies_are_equal_and_separate():
-    a,b,c = (bench.fresh_params([(3,2), (), (5,)], seed=s) for s in (1, 1, 2))
+    a,b,c = (step.fresh_params([(3,2), (), (5,)], seed=s) for s in (1, 1, 2))
     assert all(p.equal(q) and p.grad.equal(q.grad) and p.data_ptr() != q.data_ptr() for p,q in zip(a, b))
     assert not a[0].equal(c[0])
 
 @pytest.mark.parametrize('name', HERE)
 def test_step_changes_every_parameter(name):
-    _,old,new = step(name, [(64,), (7,3), ()], n=11)
+    _,old,new = stepped(name, [(64,), (7,3), ()], n=11)
     assert all((p != q).all() and p.isfinite().all() for p,q in zip(old, new))
 
 @pytest.mark.parametrize('name', RADAMS)
 def test_first_timed_step_is_rectified(name):
     "An adaptive step has the size of lr times the rectification, a momentum step that of lr times a gradient of 0.01"
-    _,old,new = step(name, [(1000,)], n=11)
+    _,old,new = stepped(name, [(1000,)], n=11)
     decay = 1-1e-3*1e-2
     moved = (new[0]-decay*old[0]).abs().median().item()
     assert moved == pytest.approx(1e-3*rectification(11, .99), rel=.05)
 
 def test_settings_are_the_same_for_all():
-    for o in bench.TIMED.values():
+    for o in step.TIMED.values():
         k = o.kwargs
         assert (k['lr'], k['eps'], k.get('wd', k.get('weight_decay'))) == (1e-3, 1e-6, 1e-2)
         assert k.get('betas', (k.get('mom'), k.get('sqr_mom'))) == (.9, .99)
@@ -80,8 +77,8 @@ def test_settings_are_the_same_for_all():
 def test_decay_is_decoupled():
     "With zero gradients, decoupled decay scales the weights and leaves the averages at zero"
     for name in HERE:
-        params = bench.fresh_params([(64,)])
-        old,opt = params[0].detach().clone(),bench.TIMED[name](params)
+        params = step.fresh_params([(64,)])
+        old,opt = params[0].detach().clone(),step.TIMED[name](params)
         for _ in range(20):
             params[0].grad.zero_()
             opt.step()
@@ -92,7 +89,7 @@ def test_decay_is_decoupled():
 
 def test_rounds_give_everything_a_turn_in_changing_order():
     calls,orders = [],set()
-    ms = bench.time_in_turn({o: (lambda o=o: calls.append(o)) for o in 'abcd'}, rounds=20, warmup=3)
+    ms = step.time_in_turn({o: (lambda o=o: calls.append(o)) for o in 'abcd'}, rounds=20, warmup=3)
     assert calls[:12] == list('aaabbbcccddd')
     for i in range(12, len(calls), 4*7): # an untimed call and a burst of six each
         turns = [calls[j:j+7] for j in range(i, i+4*7, 7)]
@@ -103,30 +100,31 @@ def test_rounds_give_everything_a_turn_in_changing_order():
 
 def test_a_turn_is_timed_as_one_call_without_its_first(monkeypatch):
     now,took = [0.],iter([100., 1, 2, 3, 4, 5, 9])
-    monkeypatch.setattr(bench.time, 'perf_counter', lambda: now[0])
+    monkeypatch.setattr(step.time, 'perf_counter', lambda: now[0])
     def f(): now[0] += next(took)
-    assert bench.time_in_turn({'f': f}, rounds=1)['f'] == pytest.approx([24/6*1e3])
+    assert step.time_in_turn({'f': f}, rounds=1)['f'] == pytest.approx([24/6*1e3])
 
 def test_ratio_is_paired():
     busy = np.array([1., 9, 1, 30, 2])
-    assert bench.paired_ratio(6*busy, 4*busy) == pytest.approx(1.5)
+    assert step.paired_ratio(6*busy, 4*busy) == pytest.approx(1.5)
 
-@pytest.mark.parametrize('name, lo, hi', [('ours', 8, 8.1), ('ours-ranger', 12, 12.1), ('ours-torch', 8, 8.1), ('fastai', 8, 8), ('fastai-adam', 8, 8),
+@pytest.mark.parametrize('name, lo, hi',
+                         [('ours', 8, 8.1), ('ours-ranger', 12, 12.1), ('ours-torch', 8, 8.1), ('fastai', 8, 8), ('fastai-adam', 8, 8),
     ('fastai-ranger', 12, 12), ('torch', 8+4/64, 8+4/64), ('torch-foreach', 8+4/64, 8+4/64), ('torch-adamw-fused', 8+4/64, 8+4/64)])
 def test_state_bytes(name, lo, hi):
-    opt,_,new = step(name, [(64,)]*10)
-    assert lo <= bench.state_bytes(opt)/640 <= hi
+    opt,_,new = stepped(name, [(64,)]*10)
+    assert lo <= step.state_bytes(opt)/640 <= hi
 
 def test_shared_state_counts_once():
     class Opt:
         def state_dict(self): return dict(a=[flat[:10], flat[10:]], b=(flat, {'c': torch.zeros(3)}), step=1)
     flat = torch.zeros(100)
-    assert bench.state_bytes(Opt()) == 4*(100+3)
+    assert step.state_bytes(Opt()) == 4*(100+3)
 
 def test_floor():
-    assert bench.floor_ms(12, 1., add_size=28) == 1
-    assert bench.floor_ms(1_000_000, 3., add_size=1_000_000) == pytest.approx(28/12*3)
-    assert bench.floor_ms(10, np.array([1., 2.]), 10).tolist() == pytest.approx([28/12, 56/12])
+    assert step.floor_ms(12, 1., add_size=28) == 1
+    assert step.floor_ms(1_000_000, 3., add_size=1_000_000) == pytest.approx(28/12*3)
+    assert step.floor_ms(10, np.array([1., 2.]), 10).tolist() == pytest.approx([28/12, 56/12])
 
 # --- the command
 
@@ -158,12 +156,12 @@ def test_recorded_command_can_be_run_again(cli, tmp_path):
 
 def test_threads_are_put_back(tmp_path):
     n = torch.get_num_threads()
-    bench.main('step', models='tiny', optims='fastai', rounds=1, threads=1, device='cpu', out=tmp_path)
+    command.main('step', models='tiny', optims='fastai', rounds=1, threads=1, device='cpu', out=tmp_path)
     assert torch.get_num_threads() == n
 
 def test_missing_libraries_are_named(monkeypatch, capsys, tmp_path):
-    monkeypatch.setitem(bench.TIMED, 'timm', Optim('nowhere RAdam', 'no_such_library.optim', 'RAdam', {}))
-    df = bench.main('step', models='tiny', optims='timm,fastai', rounds=1, device='cpu', out=tmp_path)
+    monkeypatch.setitem(step.TIMED, 'timm', Optim('nowhere RAdam', 'no_such_library.optim', 'RAdam', {}))
+    df = command.main('step', models='tiny', optims='timm,fastai', rounds=1, device='cpu', out=tmp_path)
     assert df.optim.tolist() == ['ours', 'fastai']
     assert "left out, not installed: timm (to time them: pip install 'radam_fastai[bench]')" in capsys.readouterr().out
 
@@ -191,25 +189,26 @@ def test_bad_folder(cli, tmp_path):
         assert status == 2 and err.count('\n') == 1 and f"--out {o}: " in err
 
 def test_bad_option_in_python():
-    with pytest.raises(ValueError, match="--rounds 0: must be"): bench.main('step', rounds=0)
+    with pytest.raises(ValueError, match="--rounds 0: must be"): command.main('step', rounds=0)
 
 def test_help_names_everything(cli):
     status,out,_ = cli('--help')
-    known = {*bench.BENCHES, *bench.MODELS, *bench.TIMED} - {'tiny'}
+    known = {*command.BENCHES, *step.MODELS, *step.TIMED} - {'tiny'}
     assert status == 0 and all(o in ''.join(out.split()) for o in known) # argparse breaks lines behind hyphens
 
 # --- callbacks
 
 @pytest.fixture
 def tiny_images(monkeypatch):
-    monkeypatch.setitem(bench.MODELS, 'xresnet18', lambda: torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, 4), torch.nn.Flatten(), torch.nn.Linear(4*16*16, 10)))
+    monkeypatch.setitem(step.MODELS, 'xresnet18',
+                        lambda: torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, 4), torch.nn.Flatten(), torch.nn.Linear(4*16*16, 10)))
 
 def test_callback_bench_takes_the_steps_it_counts(tiny_images, tmp_path, monkeypatch):
     "Every Learner takes the same steps, its callbacks see all of them, and the Learners without any are the measure"
     seen = {}
-    kept = bench.kept_bytes
-    monkeypatch.setattr(bench, 'kept_bytes', lambda cbs: seen.update({type(cb).__name__: cb for cb in cbs}) or kept(cbs))
-    df = bench.main('callback', rounds=2, warmup=1, threads=1, device='cpu', out=tmp_path)
+    kept = callbacks.kept_bytes
+    monkeypatch.setattr(callbacks, 'kept_bytes', lambda cbs: seen.update({type(cb).__name__: cb for cb in cbs}) or kept(cbs))
+    df = command.main('callback', rounds=2, warmup=1, threads=1, device='cpu', out=tmp_path)
     assert df.n_steps.tolist() == [23]*len(df) and df.ratio[0] == 1 and df.callbacks[:2].tolist() == ['none', 'none, again']
     assert (df.inside_ms[:2] == 0).all() and (df.inside_ms[2:] > 0).all()
     assert df.inside_share.tolist() == pytest.approx((df.inside_ms/df.ms[0]).tolist())
@@ -217,13 +216,14 @@ def test_callback_bench_takes_the_steps_it_counts(tiny_images, tmp_path, monkeyp
     assert seen['GradientHistogram'].to_frame().step.tolist() == [10, 20] and len(seen['AdaptiveLRVariance'].to_frame()) == 23
     rows = [json.loads(l) for l in (tmp_path/'records.jsonl').read_text().splitlines()]
     assert len(rows) == len(df) and {r['bench'] for r in rows} == {'callback'} and (tmp_path/'callback.png').stat().st_size > 1000
-    assert bench.BENCHES['callback'].models == ['xresnet18', 'xresnet50'] and shlex.split(rows[0]['command'])[:4] == ['radam-bench', 'callback', '--models', 'xresnet18']
+    assert command.BENCHES['callback'].models == ['xresnet18', 'xresnet50']
+    assert shlex.split(rows[0]['command'])[:4] == ['radam-bench', 'callback', '--models', 'xresnet18']
 
 def test_time_inside_is_that_of_the_callbacks(tiny_images, monkeypatch):
     clock = iter(range(10**6))
-    monkeypatch.setattr(bench.time, 'perf_counter', lambda: next(clock))
+    monkeypatch.setattr(step.time, 'perf_counter', lambda: next(clock))
     cbs = [Callback(), Callback()]
-    inside = bench.Inside(cbs)
+    inside = callbacks.Inside(cbs)
     for cb in cbs:
         cb.learn = None
         for event in ('before_batch', 'after_batch'): cb(event)
@@ -240,25 +240,27 @@ def test_bad_option_of_a_bench(cli, tmp_path, args, words): test_bad_option(cli,
 
 def test_train_bench_takes_the_step_apart(tiny_images, tmp_path, monkeypatch):
     "All settings take the same steps with the same losses, and the parts of a step add up to it"
-    monkeypatch.setattr(bench, 'TRAIN_SIDE', 64)
-    monkeypatch.setattr(bench, 'reading_ms', lambda side, bs, workers: 1.+workers)
-    monkeypatch.setattr(bench, 'SETTINGS', {k: o for k,o in bench.SETTINGS.items() if not o.compile}) # a minute each
+    monkeypatch.setattr(train, 'TRAIN_SIDE', 64)
+    monkeypatch.setattr(train, 'reading_ms', lambda side, bs, workers: 1.+workers)
+    monkeypatch.setattr(train, 'SETTINGS', {k: o for k,o in train.SETTINGS.items() if not o.compile}) # a minute each
     seen = {}
-    passed = bench.pass_momentum_phase
+    passed = train.pass_momentum_phase
     def watch(learn):
         before = [p.detach().clone() for p in learn.model.parameters()]
         passed(learn)
         assert all(map(torch.equal, before, learn.model.parameters())) and learn.opt.hypers[0]['lr'] == 1e-3
         seen[len(seen)] = learn
-    monkeypatch.setattr(bench, 'pass_momentum_phase', watch)
-    df = bench.main('train', models='xresnet18', rounds=3, warmup=1, threads=1, device='cpu', out=tmp_path)
-    assert df.settings.tolist() == ['fastai', 'fastai, channels last', 'ours', 'ours, channels last', 'ours, channels last, bf16'] and (df.n_steps == 7).all() and df.ratio[0] == 1
+    monkeypatch.setattr(train, 'pass_momentum_phase', watch)
+    df = command.main('train', models='xresnet18', rounds=3, warmup=1, threads=1, device='cpu', out=tmp_path)
+    assert df.settings.tolist() == ['fastai', 'fastai, channels last', 'ours', 'ours, channels last', 'ours, channels last, bf16']
+    assert (df.n_steps == 7).all() and df.ratio[0] == 1
     parts = df[['forward_ms', 'backward_ms', 'step_ms', 'release_ms']]
     assert (parts > 0).all(axis=None)
     assert df.last_loss[:4].tolist() == pytest.approx([df.last_loss[0]]*4, rel=1e-4)
     assert 1e-6 < abs(df.last_loss[4]/df.last_loss[0]-1) < .05 # bfloat16 was on
     for learn in seen.values(): assert {int(s['step']) for s in learn.opt.state.values()} == {17}
-    assert [next(l.model.parameters()).is_contiguous(memory_format=torch.channels_last) for l in seen.values()] == [False, True, False, True, True]
+    assert [next(l.model.parameters()).is_contiguous(memory_format=torch.channels_last)
+            for l in seen.values()] == [False, True, False, True, True]
     assert df.images_per_sec.tolist() == pytest.approx((64e3/df.ms).tolist()) and (tmp_path/'train.png').stat().st_size > 1000
     rows = [json.loads(l) for l in (tmp_path/'records.jsonl').read_text().splitlines()]
     assert {r['bench'] for r in rows} == {'train'} and rows[0]['reading_ms_0_workers'] == 1
@@ -270,19 +272,19 @@ def test_reading_is_timed_on_real_images(monkeypatch):
         seen.append((len(train), len(valid)))
         return get_dls(train, valid, *args, **kwargs)
     monkeypatch.setattr(imagenette, 'get_dls', watch)
-    assert bench.reading_ms(32, 8, 0, n=3) > 0 and seen == [(30, 10)]
+    assert train.reading_ms(32, 8, 0, n=3) > 0 and seen == [(30, 10)]
 
 def test_parts_of_a_step_end_with_its_events(monkeypatch):
     "A clock that only callbacks turn: forward 1, backward 2, step 4, release 8"
     now = [0]
-    monkeypatch.setattr(bench.time, 'perf_counter', lambda: now[0])
+    monkeypatch.setattr(step.time, 'perf_counter', lambda: now[0])
     class Turn(Callback):
         order = 60
         def after_loss(self): now[0] += 1
         def after_backward(self): now[0] += 2
         def after_step(self): now[0] += 4
         def after_batch(self): now[0] += 8
-    monkeypatch.setitem(bench.MODELS, 'xresnet18', lambda: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 10)))
-    learn = bench.bench_learner('xresnet18', [parts := bench.Parts(), Turn()], 'cpu', 0)
-    bench.begin_fit(learn, bench.random_batch(4, 2, 'cpu', 0), 1)()
-    assert parts.times[0].tolist() == [1, 2, 4, 8] and len(bench.PARTS) == 4
+    monkeypatch.setitem(step.MODELS, 'xresnet18', lambda: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 10)))
+    learn = callbacks.bench_learner('xresnet18', [parts := train.Parts(), Turn()], 'cpu', 0)
+    callbacks.begin_fit(learn, callbacks.random_batch(4, 2, 'cpu', 0), 1)()
+    assert parts.times[0].tolist() == [1, 2, 4, 8] and len(train.PARTS) == 4

@@ -1,74 +1,36 @@
 "States that fastai's, PyTorch's and the authors' optimizers saved: read, continued, copied, or refused with nothing changed."
-import copy, io, math, pickle
+import copy
+import math
+import pickle
 from functools import partial
 
 import fastai.optimizer as fo
 import pytest
 import torch
 from fastcore.foundation import L
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import nn
 
+from helpers import (
+    SHAPES,
+    authors_state,
+    averages,
+    build,
+    close,
+    f64,
+    flatten,
+    frozen,
+    hypers_of,
+    identical,
+    is_torch,
+    numbers,
+    params_of,
+    plain_step,
+    run,
+    through_file,
+)
 from radam_fastai.optimizer import RAdam, Ranger, reference_settings
 from radam_fastai.torch_optim import RAdam as TorchRAdam
-from reference import plain_step
-
-f64 = torch.float64
-SHAPES = [[(3,4), (5,)], [(), (2,3)]] # two groups
-
-def numbers(shape, seed, dtype=f64): return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=f64).to(dtype)
-def flat(groups): return [o for g in groups for o in g]
-def is_torch(cls): return 'torch' in getattr(cls, 'func', cls).__module__
-def param_lists(opt): return [g['params'] for g in opt.param_groups]
-def params_of(opt): return flat(param_lists(opt))
-def hypers_of(opt): return getattr(opt, 'hypers', opt.param_groups) # what can be set, per group
-
-def build(cls, shapes=SHAPES, dtype=f64, like=None, **kw):
-    "An optimizer of class `cls` (fastai's kind or torch's) over groups of parameters, the same each time, or equal to those of `like`"
-    n = iter(range(100))
-    groups = [[nn.Parameter(numbers(s, next(n), dtype)) for s in g] for g in shapes]
-    if like is not None:
-        for p,q in zip(flat(groups), params_of(like)): p.data.copy_(q.data)
-    kw = copy.deepcopy({'lr': .05, **getattr(cls, 'keywords', {}), **kw})
-    return cls([dict(params=g) for g in groups] if is_torch(cls) else groups, **kw)
-
-def run(opt, steps, missing=lambda t: ()):
-    "Steps with seeded gradients, none for the parameters numbered in `missing(t)`"
-    for t in steps:
-        for i,p in enumerate(params_of(opt)): p.grad = None if i in missing(t) else numbers(p.shape, 1000+100*t+i, p.dtype)
-        opt.step()
-    return opt
-
-def through_file(sd, **kw):
-    "`sd` written and read again"
-    f = io.BytesIO()
-    torch.save(sd, f)
-    f.seek(0)
-    return torch.load(f, **{'weights_only': True, **kw})
-
-def close(a, b, tol=1e-12):
-    for i,(p,q) in enumerate(zip(params_of(a), params_of(b), strict=True)):
-        torch.testing.assert_close(p, q, rtol=tol, atol=tol, msg=lambda m: f'parameter {i}: {m}')
-
-def identical(a, b):
-    "Whether two nests of containers and tensors are equal to the bit"
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and (a.dtype, a.shape) == (b.dtype, b.shape) and bool(((a == b) | (a != a) & (b != b)).all())
-    if isinstance(a, dict): return a.keys() == b.keys() and all(identical(v, b[k]) for k,v in a.items())
-    if isinstance(a, (list, tuple, L)): return len(a) == len(b) and all(map(identical, a, b))
-    return a == b or a != a and b != b
-
-def frozen(opt): return copy.deepcopy([[p.detach() for p in params_of(opt)], opt.state_dict()])
-
-def averages(opt):
-    "(step, m, v) of each parameter, whatever they are called"
-    res = []
-    for p in params_of(opt):
-        s = opt.state[p]
-        m,v = (s.get(a, s.get(b)) for a,b in (('grad_avg', 'exp_avg'), ('sqr_avg', 'exp_avg_sq')))
-        res.append(None if m is None else (int(s['step']), m, v))
-    return res
 
 # ---- one run, two optimizers
 
@@ -80,7 +42,8 @@ PAIRS = {
     'fastai RAdam, SAdam':      (partial(fo.RAdam, beta=20., sqr_mom=.95), RAdam),
     'fastai ranger':            (partial(fo.ranger, wd=.1), Ranger),
     'torch RAdam':              (partial(torch.optim.RAdam, **both), partial(RAdam, **torch_settings)),
-    'torch RAdam, decoupled':   (partial(torch.optim.RAdam, decoupled_weight_decay=True, **both), partial(RAdam, **{**torch_settings, 'decouple_wd': True})),
+    'torch RAdam, decoupled':   (partial(torch.optim.RAdam, decoupled_weight_decay=True, **both),
+                                 partial(RAdam, **{**torch_settings, 'decouple_wd': True})),
     'torch RAdam, maximize':    (partial(torch.optim.RAdam, maximize=True, **both), partial(RAdam, maximize=True, **torch_settings)),
     'torch RAdam to torch':     (partial(torch.optim.RAdam, decoupled_weight_decay=True, **both), TorchRAdam),
     'torch RAdam, maximize, to torch': (partial(torch.optim.RAdam, maximize=True, **both), TorchRAdam),
@@ -95,7 +58,9 @@ PAIRS = {
 @pytest.mark.parametrize('n', [0, 3, 6, 11])
 @pytest.mark.parametrize('name', PAIRS)
 def test_a_run_goes_on(name, n):
-    "From the state after `n` steps, the second optimizer continues as the first would have: one parameter idle until step 4, one every other step"
+    """From the state after `n` steps, the second optimizer continues as the first would have.
+
+    One parameter is idle until step 4, one at every other step."""
     first,second = PAIRS[name]
     missing = lambda t: {i for i,gone in ((1, t < 4), (3, t%2)) if gone}
     a = run(build(first), range(n), missing)
@@ -115,16 +80,9 @@ def test_hypers_of_each_group_are_loaded(name):
     assert [g['lr'] for g in b.param_groups] == [.01, .02]
     close(run(b, range(8, 12)), run(a, range(8, 12)))
 
-def authors_state(opt, states, hypers):
-    "What the authors' optimizer would save: torch's layout, `step` an int, a `buffer` in each group, none of torch's later settings"
-    n = iter(range(100))
-    buffer = [[None]*3 for _ in range(10)]
-    buffer[8] = [8, 7.6, .04]
-    return {'state': {i: {'step': s['t'], 'exp_avg': s['m'], 'exp_avg_sq': s['v']} for i,s in enumerate(states) if s},
-            'param_groups': [{**hypers, 'buffer': buffer, 'params': [next(n) for _ in pg]} for pg in param_lists(opt)]}
-
 @pytest.mark.parametrize('n', [0, 3, 8])
-@pytest.mark.parametrize('target,phase', [(partial(RAdam, **reference_settings['author']), 'skip'), (TorchRAdam, 'momentum')], ids=['fastai', 'torch'])
+@pytest.mark.parametrize('target,phase', [(partial(RAdam, **reference_settings['author']), 'skip'), (TorchRAdam, 'momentum')],
+                         ids=['fastai', 'torch'])
 def test_authors_state(target, phase, n):
     "Continued as by the algorithm written out; the authors' default skips the first steps, `degenerated_to_sgd=True` takes them"
     opt = build(target, lr=.7, **(dict(decoupled_weight_decay=True) if is_torch(target) else {}))
@@ -168,7 +126,8 @@ def test_adam_state(name, target):
     h = a.hypers[0] if not is_torch(source) else None
     rule = (dict(mom=h['mom'], sqr_mom=h['sqr_mom'], eps=h['eps']) if h else dict(mom=.8, sqr_mom=.99, eps=1e-8)) | dict(
         lr=.05, wd=.1, decouple_wd=decoupled, eps_debiased=not is_torch(target))
-    want = [plain_step(p.detach(), numbers(p.shape, 1900+i), dict(t=t, m=m, v=v), **rule) for i,(p,(t,m,v)) in enumerate(zip(params_of(a), averages(a)))]
+    want = [plain_step(p.detach(), numbers(p.shape, 1900+i), dict(t=t, m=m, v=v), **rule)
+            for i,(p,(t,m,v)) in enumerate(zip(params_of(a), averages(a)))]
     for p,q in zip(params_of(run(b, [9])), want): torch.testing.assert_close(p.detach(), q, rtol=1e-12, atol=1e-12)
 
 def test_step_counts_keep_their_kind():
@@ -181,7 +140,8 @@ def test_step_counts_keep_their_kind():
 
 # ---- copies
 
-COPIES = {**PAIRS, 'torch RAdam, tensor lr': (partial(torch.optim.RAdam, lr=torch.tensor(.05), foreach=False), partial(RAdam, **torch_settings)),
+COPIES = {**PAIRS, 'torch RAdam, tensor lr': (partial(torch.optim.RAdam, lr=torch.tensor(.05), foreach=False),
+                                              partial(RAdam, **torch_settings)),
           'torch RAdam, tensor lr, to torch': (partial(torch.optim.RAdam, lr=torch.tensor(.05), foreach=False), TorchRAdam),
           'ours': (RAdam, RAdam), 'our Ranger': (Ranger, Ranger), 'ours, torch': (TorchRAdam, TorchRAdam)}
 COPIES = {k: v for k,v in COPIES.items() if ' to fastai ' not in k} # fastai's own loading shares the tensors
@@ -239,7 +199,8 @@ def runs(draw):
     has_grad = draw(st.lists(st.lists(st.booleans(), min_size=n, max_size=n), min_size=1, max_size=16))
     return shapes,has_grad,draw(st.integers(0, len(has_grad))),draw(st.sets(st.integers(0, n-1)))
 
-@pytest.mark.parametrize('cls', [partial(RAdam, wd=.1, sqr_mom=.9), partial(Ranger, wd=.1, sqr_mom=.9, k=3), partial(TorchRAdam, **both)], ids=['RAdam', 'Ranger', 'torch'])
+@pytest.mark.parametrize('cls', [partial(RAdam, wd=.1, sqr_mom=.9), partial(Ranger, wd=.1, sqr_mom=.9, k=3), partial(TorchRAdam, **both)],
+                         ids=['RAdam', 'Ranger', 'torch'])
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(case=runs(), dtype=st.sampled_from([torch.float32, f64]))
 def test_round_trip_mid_run(cls, case, dtype):
@@ -269,10 +230,12 @@ def test_duplicates(cls, duplicate):
 
 # ---- containers, dtypes, flags
 
-@pytest.mark.parametrize('source,target', [(fo.RAdam, RAdam), (fo.ranger, Ranger), (fo.RAdam, TorchRAdam)], ids=['RAdam', 'Ranger', 'torch'])
+@pytest.mark.parametrize('source,target', [(fo.RAdam, RAdam), (fo.ranger, Ranger), (fo.RAdam, TorchRAdam)],
+                         ids=['RAdam', 'Ranger', 'torch'])
 def test_lists_and_Ls(source, target):
     "fastai keeps hypers and slow weights in `L`s, of which a careful saver makes lists"
-    plain = lambda o: [plain(x) for x in o] if isinstance(o, (list, L)) else {k: plain(v) for k,v in o.items()} if isinstance(o, dict) else o
+    plain = lambda o: [plain(x) for x in o] if isinstance(o, (list, L)) else {k: plain(v)
+                                                                              for k,v in o.items()} if isinstance(o, dict) else o
     fancy = lambda o: L(map(fancy, o)) if isinstance(o, (list, L)) else {k: fancy(v) for k,v in o.items()} if isinstance(o, dict) else o
     sd = run(build(source), range(8)).state_dict()
     res = []
@@ -282,9 +245,12 @@ def test_lists_and_Ls(source, target):
         res.append(frozen(run(b, range(8, 14))))
     assert identical(*res)
 
-@pytest.mark.parametrize('source,target', [(fo.RAdam, RAdam), (torch.optim.RAdam, RAdam), (fo.ranger, Ranger), (fo.RAdam, TorchRAdam), (torch.optim.RAdam, TorchRAdam)],
+@pytest.mark.parametrize('source,target',
+                         [(fo.RAdam, RAdam), (torch.optim.RAdam, RAdam), (fo.ranger, Ranger), (fo.RAdam, TorchRAdam),
+                          (torch.optim.RAdam, TorchRAdam)],
                          ids=['fastai', 'torch to fastai', 'ranger', 'fastai to torch', 'torch'])
-@pytest.mark.parametrize('old,new', [(torch.float32, f64), (f64, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str)
+@pytest.mark.parametrize('old,new', [(torch.float32, f64), (f64, torch.float32), (torch.float32, torch.bfloat16),
+                                     (torch.bfloat16, torch.float32)], ids=str)
 def test_another_dtype_is_cast(source, target, old, new):
     a = run(build(source, dtype=old), range(8))
     b = build(target, dtype=new)
@@ -312,7 +278,9 @@ def flag(opt, **flags):
     for k,i in flags.items(): opt.state[params_of(opt)[i]][k] = k == 'force_train'
 def flags_of(opt): return [{k: opt.state[p][k] for k in ('do_wd', 'force_train') if k in opt.state[p]} for p in params_of(opt)]
 
-@pytest.mark.parametrize('source,target', [(fo.RAdam, RAdam), (torch.optim.RAdam, RAdam), (fo.RAdam, TorchRAdam), (torch.optim.RAdam, TorchRAdam), (fo.ranger, Ranger)],
+@pytest.mark.parametrize('source,target',
+                         [(fo.RAdam, RAdam), (torch.optim.RAdam, RAdam), (fo.RAdam, TorchRAdam), (torch.optim.RAdam, TorchRAdam),
+                          (fo.ranger, Ranger)],
                          ids=['fastai', 'torch to fastai', 'fastai to torch', 'torch', 'ranger'])
 def test_flags_are_kept(source, target):
     "The checkpoint has none: those that the Learner set stay, for parameters with averages and without"
@@ -331,7 +299,8 @@ def test_flags_are_loaded(source, target):
     a = build(source, **wd(source))
     flag(a, do_wd=0, force_train=3)
     run(a, range(8), lambda t: {3})
-    b = build(target, **({} if target is Ranger else {'decoupled_weight_decay' if is_torch(target) else 'decouple_wd': not is_torch(source)}))
+    b = build(target, **({} if target is Ranger
+                         else {'decoupled_weight_decay' if is_torch(target) else 'decouple_wd': not is_torch(source)}))
     flag(b, force_train=1)
     b.state[params_of(b)[0]]['do_wd'] = True # what was saved counts
     b.load_state_dict(copy.deepcopy(a.state_dict()))
@@ -371,8 +340,10 @@ def cut(*keys):
         del o[k]
     return _inner
 
-bad_steps = {'nan': math.nan, 'infinite': math.inf, 'negative': -1, 'fractional': 2.5, 'text': 'x', 'none': None, 'two': torch.tensor([1.,2.]), 'nan tensor': torch.tensor(math.nan)}
-bad_hypers = dict(lr=(-1., r'lr .*-1'), mom=(1., r'mom .*1\.0'), sqr_mom=(1.5, r'sqr_mom .*1\.5'), eps=(math.nan, 'eps .*nan'), wd=(-.1, r'wd .*-0\.1'))
+bad_steps = {'nan': math.nan, 'infinite': math.inf, 'negative': -1, 'fractional': 2.5, 'text': 'x', 'none': None,
+             'two': torch.tensor([1.,2.]), 'nan tensor': torch.tensor(math.nan)}
+bad_hypers = dict(lr=(-1., r'lr .*-1'), mom=(1., r'mom .*1\.0'), sqr_mom=(1.5, r'sqr_mom .*1\.5'), eps=(math.nan, 'eps .*nan'),
+                  wd=(-.1, r'wd .*-0\.1'))
 bad_groups = dict(lr=(-1., r'lr .*-1'), betas=((1.,.99), r'mom .*1\.0'), eps=(math.nan, 'eps .*nan'), weight_decay=(-.1, r'wd .*-0\.1'))
 
 REFUSED = { # name: (the state, what the error says)
@@ -382,11 +353,13 @@ REFUSED = { # name: (the state, what the error says)
     'model weights':        (lambda: nn.Linear(2, 2).state_dict(), 'weight, bias'),
     'one key':              (edit(cut('hypers'), fastai_sd), 'hypers'),
     'the other key':        (edit(cut('state'), fastai_sd), 'state'),
-    'groups':               (partial(fastai_sd, shapes=[flat(SHAPES)]), '1 parameter groups.* 2'),
+    'groups':               (partial(fastai_sd, shapes=[flatten(SHAPES)]), '1 parameter groups.* 2'),
     'parameters':           (partial(fastai_sd, shapes=[*SHAPES[:1], [()]]), '3 parameters.* 4'),
     'shape':                (partial(fastai_sd, shapes=[[(4,3), (5,)], SHAPES[1]]), r'parameter 0 \(shape \(3, 4\)\).*\(4, 3\)'),
-    'shape of one average': (edit(put('state', 3, 'sqr_avg', torch.zeros(3, 2)), fastai_sd), r'parameter 3 \(shape \(2, 3\)\).*sqr_avg.*\(3, 2\)'),
-    'shape that broadcasts': (edit(put('state', 1, 'grad_avg', torch.zeros(1)), fastai_sd), r'parameter 1 \(shape \(5,\)\).*grad_avg.*\(1,\)'),
+    'shape of one average': (edit(put('state', 3, 'sqr_avg', torch.zeros(3, 2)), fastai_sd),
+                             r'parameter 3 \(shape \(2, 3\)\).*sqr_avg.*\(3, 2\)'),
+    'shape that broadcasts': (edit(put('state', 1, 'grad_avg', torch.zeros(1)), fastai_sd),
+                              r'parameter 1 \(shape \(5,\)\).*grad_avg.*\(1,\)'),
     **{f'no {k}':           (edit(cut('state', 1, k), fastai_sd), f'parameter 1.*no {k}') for k in ('grad_avg', 'sqr_avg', 'step')},
     'an average that is a number': (edit(put('state', 1, 'grad_avg', 0.), fastai_sd), 'parameter 1.*grad_avg.*float'),
     'an average of integers': (edit(put('state', 1, 'sqr_avg', torch.zeros(5, dtype=torch.long)), fastai_sd), 'parameter 1.*sqr_avg'),
@@ -396,13 +369,16 @@ REFUSED = { # name: (the state, what the error says)
     'fastai RMSProp':       (partial(fastai_sd, fo.RMSProp), 'parameter 0.*no grad_avg, step'),
     'fastai QHAdam':        (partial(fastai_sd, fo.QHAdam), 'nu_1, nu_2'),
     'fastai Larc':          (partial(fastai_sd, fo.Larc), 'parameter 0.*no sqr_avg, step'),
-    'torch, groups':        (partial(torch_sd, shapes=[flat(SHAPES)]), '1 parameter groups.* 2'),
+    'torch, groups':        (partial(torch_sd, shapes=[flatten(SHAPES)]), '1 parameter groups.* 2'),
     'torch, sizes of groups': (partial(torch_sd, shapes=[SHAPES[0][:1], SHAPES[0][1:]+SHAPES[1]]), r'\[1, 3\].*\[2, 2\]'),
     'torch, shape':         (partial(torch_sd, shapes=[[(4,3), (5,)], SHAPES[1]]), r'parameter 0 \(shape \(3, 4\)\).*\(4, 3\)'),
-    **{f'torch, no {k}':    (edit(cut('state', 1, k), torch_sd), f'parameter 1.*no {v}') for k,v in dict(exp_avg='grad_avg', exp_avg_sq='sqr_avg', step='step').items()},
+    **{f'torch, no {k}':    (edit(cut('state', 1, k), torch_sd), f'parameter 1.*no {v}')
+       for k,v in dict(exp_avg='grad_avg', exp_avg_sq='sqr_avg', step='step').items()},
     **{f'torch, step: {k}': (edit(put('state', 2, 'step', v), torch_sd), 'parameter 2.*step') for k,v in bad_steps.items()},
-    **{f'torch, {k}':       (edit(put('param_groups', 1, k, v), partial(torch_sd, decoupled_weight_decay=True)), match) for k,(v,match) in bad_groups.items()},
-    **{f'torch, group without {k}': (edit(cut('param_groups', 1, k), torch_sd), f'group 1.*{k}') for k in ('lr', 'betas', 'eps', 'weight_decay', 'params')},
+    **{f'torch, {k}':       (edit(put('param_groups', 1, k, v), partial(torch_sd, decoupled_weight_decay=True)), match)
+       for k,(v,match) in bad_groups.items()},
+    **{f'torch, group without {k}': (edit(cut('param_groups', 1, k), torch_sd), f'group 1.*{k}')
+       for k in ('lr', 'betas', 'eps', 'weight_decay', 'params')},
     'torch AdamW, amsgrad': (partial(torch_sd, torch.optim.AdamW, amsgrad=True), 'amsgrad'),
     'torch SGD with momentum': (partial(torch_sd, torch.optim.SGD, momentum=.9), 'group 0.*betas'),
     'torch Adamax':         (partial(torch_sd, torch.optim.Adamax), 'parameter 0.*sqr_avg'),
@@ -424,12 +400,14 @@ LOOKAHEAD = {
     'slow weights, empty':  (Ranger, edit(put('slow_weights', []), partial(fastai_sd, Ranger)), 'slow_weights'),
     'slow weights, numbers': (Ranger, edit(put('slow_weights', [[1.,2.],[3.,4.]]), partial(fastai_sd, Ranger)), 'slow_weights'),
     **{f'count: {k}':       (Ranger, edit(put('count', v), partial(fastai_sd, Ranger)), 'count') for k,v in bad_steps.items()},
-    'averages':             (Ranger, edit(put('state', 3, 'sqr_avg', torch.zeros(3, 2)), partial(fastai_sd, Ranger)), r'parameter 3.*sqr_avg'),
+    'averages':             (Ranger, edit(put('state', 3, 'sqr_avg', torch.zeros(3, 2)), partial(fastai_sd, Ranger)),
+                             r'parameter 3.*sqr_avg'),
     'hyper':                (Ranger, edit(put('hypers', 0, 'lr', -1.), partial(fastai_sd, Ranger)), 'lr .*-1'),
 }
 FOR_ONE = { # states that the other class takes
     'torch RAdam, L2, into decoupled': (RAdam, partial(torch_sd, weight_decay=.1), 'group 0.*decoupled_weight_decay=False.*True'),
-    'torch AdamW into L2':  (partial(RAdam, decouple_wd=False), partial(torch_sd, torch.optim.AdamW), 'group 0.*decoupled_weight_decay=True.*False'),
+    'torch AdamW into L2':  (partial(RAdam, decouple_wd=False), partial(torch_sd, torch.optim.AdamW),
+                             'group 0.*decoupled_weight_decay=True.*False'),
     'torch RAdam, maximize': (RAdam, partial(torch_sd, maximize=True), 'group 0.*maximize=True.*False'),
     'not maximize':         (partial(RAdam, maximize=True), torch_sd, 'group 0.*maximize=False.*True'),
     'SAdam into torch':     (TorchRAdam, partial(fastai_sd, fo.RAdam, beta=20.), 'beta'),
@@ -439,7 +417,8 @@ def run_on(cls, sd):
     opt.load_state_dict(sd)
     return opt
 
-CASES = {**{f'{name}, into {cls.__module__.split(".")[-1]}': (cls, *case) for name,case in REFUSED.items() for cls in (RAdam, TorchRAdam)}, **LOOKAHEAD, **FOR_ONE}
+CASES = {**{f'{name}, into {cls.__module__.split(".")[-1]}': (cls, *case) for name,case in REFUSED.items() for cls in (RAdam, TorchRAdam)},
+         **LOOKAHEAD, **FOR_ONE}
 
 @pytest.mark.parametrize('cls', [RAdam, Ranger, TorchRAdam, fo.RAdam])
 @pytest.mark.parametrize('theirs', [fo.RAdam, RAdam])

@@ -2,17 +2,19 @@
 from contextlib import contextmanager
 from functools import partial
 
-import fastai.optimizer as fo, pytest, torch
+import fastai.optimizer as fo
+import pytest
+import torch
 from fastai.learner import Learner
 from fastai.losses import MSELossFlat
 from fastai.test_utils import RegModel, synth_dbunch
 from torch import nn
 
-from radam_fastai.baselines import Adam, SGD
+from helpers import plain_step, rel_err
+from radam_fastai.baselines import SGD, Adam
 from radam_fastai.optimizer import RAdam, Ranger
 from radam_fastai.recorder import RectifierRecorder
 from radam_fastai.torch_optim import RAdam as TorchRAdam, RAdamWrapper
-from reference import plain_step, rel_err
 
 on_gpu = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')]
 def gpu_only(f): return on_gpu[0](on_gpu[1](f))

@@ -1,25 +1,27 @@
 """Data that is missing, damaged or dangerous is named, and never half-used; augmentation depends on the item alone."""
-import hashlib, io, os, random, shutil, struct, subprocess, sys, tarfile, time, zlib
+import hashlib
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
 
-import pytest, torch
+import pytest
+import torch
 from fastai.torch_core import set_seed
 
+from helpers import ended, forked, short_header, tar
 from radam_fastai.recipes import data, imagenette
-from radam_fastai.recipes.data import balanced, check_sum, digest, from_archives, split_files, unpack
 from radam_fastai.recipes.cli import RecipeError
+from radam_fastai.recipes.data import balanced, check_sum, digest, split_files, unpack
 from radam_fastai.recipes.records import read_records
-from test_resume import ended, in_child
 
-def tar(path, **members):
-    "An archive of regular files, or of `TarInfo`s as they are"
-    with tarfile.open(path, 'w:gz') as t:
-        for name,o in members.items():
-            if isinstance(o, tarfile.TarInfo): t.addfile(o)
-            else: t.add(o, name.replace('__', '/'))
-    return path
+pytestmark = pytest.mark.slow
 
 def info(name, **kw):
     t = tarfile.TarInfo(name)
@@ -36,8 +38,10 @@ def test_archives_become_a_folder(images, tmp_path, monkeypatch):
     (tmp_path/'imagenette2-160-val.tgz').write_bytes(b'gone') # unpacked once, not looked at again
     assert imagenette.find_images(tmp_path, 128)[0] == path
 
-evil = dict(absolute=info('/tmp/evil.txt'), outside=info('x/../../evil.txt'), device=info('x/dev', type=tarfile.CHRTYPE), fifo=info('x/fifo', type=tarfile.FIFOTYPE),
-    link=info('x/link', type=tarfile.SYMTYPE, linkname='../../../etc'), hardlink=info('x/hard', type=tarfile.LNKTYPE, linkname='/etc/passwd'))
+evil = dict(absolute=info('/tmp/evil.txt'), outside=info('x/../../evil.txt'), device=info('x/dev', type=tarfile.CHRTYPE),
+            fifo=info('x/fifo', type=tarfile.FIFOTYPE),
+    link=info('x/link', type=tarfile.SYMTYPE, linkname='../../../etc'),
+    hardlink=info('x/hard', type=tarfile.LNKTYPE, linkname='/etc/passwd'))
 
 @pytest.mark.parametrize('how', evil)
 def test_dangerous_archives(tmp_path, how):
@@ -55,7 +59,7 @@ def test_several_processes_unpack_one_archive(images, tmp_path, monkeypatch):
     (tmp_path/'data'/'.making-x'/'x'/'n00').mkdir(parents=True)
     (tmp_path/'data'/'.making-x'/'x'/'n00'/'half.jpg').write_bytes(b'half')
     monkeypatch.setattr(data, 'check_sum', lambda a: time.sleep(.3)) # so that all have come before the first is done
-    assert [ended(pid) for pid in [in_child(partial(unpack, [a], dest)) for _ in range(4)]] == [0]*4
+    assert [ended(pid) for pid in [forked(partial(unpack, [a], dest)) for _ in range(4)]] == [0]*4
     assert digest(sorted(dest.rglob('*.jpg')), dest) == digest(sorted((images/'train').rglob('*.jpg')), images/'train')
     assert [p.name for p in (tmp_path/'data').glob('[!.]*')] == ['x'] and not (tmp_path/'data'/'.making-x').exists()
 
@@ -78,7 +82,8 @@ def test_sums(tmp_path):
     (tmp_path/'SHA256SUMS').write_text(f"{hashlib.sha256(b'abd').hexdigest()}  a.tgz\n")
     with pytest.raises(RecipeError, match='a.tgz is damaged'): check_sum(a)
 
-@pytest.mark.parametrize('line', ['{}  a.tgz', '{} *a.tgz', '{}  ./a.tgz', '{} *./a.tgz', '\n\nword\n{}  a.tgz\r', '{}  a b.tgz\n{}  a.tgz', '\xff\n{}\ta.tgz'])
+@pytest.mark.parametrize('line', ['{}  a.tgz', '{} *a.tgz', '{}  ./a.tgz', '{} *./a.tgz', '\n\nword\n{}  a.tgz\r', '{}  a b.tgz\n{}  a.tgz',
+                                  '\xff\n{}\ta.tgz'])
 def test_sums_as_others_write_them(tmp_path, line):
     (tmp_path/'a.tgz').write_bytes(b'abc')
     def check(of, case):
@@ -98,7 +103,8 @@ def member(**pax):
     t.pax_headers = pax
     return t
 
-STRANGE = {'a name with a zero byte': member(path='x/a\0b'), 'a time that is no number': member(mtime='nan'), 'a time without end': member(mtime='1e300')}
+STRANGE = {'a name with a zero byte': member(path='x/a\0b'), 'a time that is no number': member(mtime='nan'),
+           'a time without end': member(mtime='1e300')}
 
 @pytest.mark.parametrize('what', [*STRANGE, 'damaged xz'])
 def test_strange_archives(tmp_path, what):
@@ -124,15 +130,19 @@ print(imagenette.find_images(Path(sys.argv[1]))[1])
 try: imagenette.find_images(Path(sys.argv[2]))
 except ValueError as e: print(e)"""
     tar(tmp_path/'imagenette2-160.tgz', x=images/'train')
-    env = {k: v for k,v in os.environ.items() if k != 'HOME'} | dict(MPLCONFIGDIR=str(tmp_path/'mpl'), PYTHONPATH=str(Path(__file__).resolve().parent.parent))
+    env = {k: v for k,v in os.environ.items() if k != 'HOME'} | dict(MPLCONFIGDIR=str(tmp_path/'mpl'),
+                                                                     PYTHONPATH=str(Path(__file__).resolve().parent.parent))
     res = subprocess.run([sys.executable, '-c', code, str(images), str(tmp_path)], env=env, cwd=tmp_path, capture_output=True, text=True)
-    assert res.stdout.splitlines() == ['a folder', '--path ~/.radam_data: the system knows no folder that ~ stands for; set HOME'], res.stderr
+    assert res.stdout.splitlines() == ['a folder',
+                                       '--path ~/.radam_data: the system knows no folder that ~ stands for; set HOME'], res.stderr
 
 def test_half_an_official_copy_is_noticed(images, monkeypatch):
     monkeypatch.setattr(imagenette, 'download', lambda url: images)
     with pytest.raises(RecipeError, match='holds 65 training and 35 validation images, not \\(9469, 3925\\)'): imagenette.find_images()
 
-@pytest.mark.parametrize('size,woof,name', [(128,False,'imagenette2-160'), (129,False,'imagenette2-320'), (225,False,'imagenette2'), (64,True,'imagewoof2-160'), (256,True,'imagewoof2')])
+@pytest.mark.parametrize('size,woof,name',
+                         [(128,False,'imagenette2-160'), (129,False,'imagenette2-320'), (225,False,'imagenette2'),
+                          (64,True,'imagewoof2-160'), (256,True,'imagewoof2')])
 def test_the_right_archive(monkeypatch, size, woof, name):
     asked = []
     def offline(url):
@@ -170,7 +180,8 @@ def test_first_split(cli, tiny, named, tmp_path, monkeypatch):
     train,valid = imagenette.first_split(*split_files(named), 560)
     assert {f.name for fs in valid.values() for f in fs} == {f.name for f in named.rglob('ILSVRC*')}
     assert {f.name for fs in train.values() for f in fs} == {f.name for f in named.rglob('n0*.JPEG')}
-    args = ['--path', named, *'--arch xresnet18 --size 32 --bs 16 --epochs 1 --workers 0 --preset article --resume --out'.split(), tmp_path/'out']
+    args = ['--path', named, *'--arch xresnet18 --size 32 --bs 16 --epochs 1 --workers 0 --preset article --resume --out'.split(),
+            tmp_path/'out']
     assert cli('imagenette', *args)[0] == 0
     data = read_records(tmp_path/'out'/'records.jsonl')[0]['data']
     assert (data['split'], data['train'], data['valid']) == ('v1', 60, 500)
@@ -211,17 +222,14 @@ def test_augmentation_leaves_the_generator_alone(images):
     random.seed(5)
     assert after == random.random()
 
-def short_header():
-    "A PNG whose first chunk is too short: of this, Pillow raises a ValueError"
-    chunk = b'IHDR' + bytes(5)
-    return b'\x89PNG\r\n\x1a\n' + struct.pack('>I', 5) + chunk + struct.pack('>I', zlib.crc32(chunk))
-
 @pytest.mark.parametrize('damage', ['cut', 'text', 'empty', 'header'])
-@pytest.mark.parametrize('workers,name', [(0,'val/n03/1.jpg'), (2,'val/n03/1.jpg'), (0,'train/n00/0.jpg')]) # fastai reads the first by itself
+# fastai reads the first by itself
+@pytest.mark.parametrize('workers,name', [(0,'val/n03/1.jpg'), (2,'val/n03/1.jpg'), (0,'train/n00/0.jpg')])
 def test_unreadable_image_is_named(cli, images, tmp_path, damage, workers, name):
     path = shutil.copytree(images, tmp_path/'images')
     f = path/name
     b = f.read_bytes()
     f.write_bytes(dict(cut=b[:len(b)//2], text=b'no image', empty=b'', header=short_header())[damage])
-    status,out,err = cli('imagenette', '--path', path, '--out', tmp_path/'out', '--workers', workers, *'--arch xresnet18 --size 32 --bs 32 --epochs 1'.split())
+    status,out,err = cli('imagenette', '--path', path, '--out', tmp_path/'out', '--workers', workers,
+                         *'--arch xresnet18 --size 32 --bs 32 --epochs 1'.split())
     assert status == 2 and len(err.splitlines()) == 1 and f'{f} is no image that can be read' in err, err

@@ -1,20 +1,24 @@
 """A disk that is full or cannot be written: an error that says so, what was there before untouched, and the same end once there is room."""
-import os, random, shutil, subprocess, tempfile, warnings
+import os
+import random
+import shutil
+import subprocess
+import tempfile
+import warnings
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from attacks import FULL, tally
-from radam_fastai.recipes.data import unpack
+from helpers import FULL, Stop, ended, equal_jobs, forked, one, small_job, tally, tar, without_times
 from radam_fastai.recipes.cli import OptionError, RecipeError
+from radam_fastai.recipes.data import unpack
 from radam_fastai.recipes.records import read_records
-from test_data import tar
-from test_resume import Stop, equal_jobs, ended, in_child, numbers, one, small_job
 
-pytestmark = pytest.mark.usefixtures('tiny')
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('tiny')]
 
-def mount(path, *options): return shutil.which('mount') and not subprocess.run(['mount', *options, str(path)], capture_output=True).returncode
+def mount(path, *options):
+    return shutil.which('mount') and not subprocess.run(['mount', *options, str(path)], capture_output=True).returncode
 
 @pytest.fixture
 def disk(tmp_path):
@@ -35,14 +39,15 @@ def fill(disk, room):
 def test_full_at_any_moment(disk, tmp_path):
     whole,out = tmp_path/'whole',disk/'out'
     small_job(whole)
-    records,need = numbers(read_records(whole/'records.jsonl')),sum(p.stat().st_size for p in whole.iterdir())
+    records,need = without_times(read_records(whole/'records.jsonl')),sum(p.stat().st_size for p in whole.iterdir())
     rng = random.Random(0)
     for i in range(100 if FULL else 12):
         ballast = fill(disk, room=int(rng.uniform(0, .95)*need))
-        with pytest.raises(RecipeError, match='could not write .*: No space left on device; what was written before is whole'): small_job(out)
+        with pytest.raises(RecipeError, match='could not write .*: No space left on device; what was written before is whole'):
+            small_job(out)
         with warnings.catch_warnings():
             warnings.simplefilter('error') # a part of a record
-            found = numbers(read_records(out/'records.jsonl')) if (out/'records.jsonl').exists() else []
+            found = without_times(read_records(out/'records.jsonl')) if (out/'records.jsonl').exists() else []
         assert found == records[:len(found)]
         ballast.unlink()
         small_job(out, resume=True)
@@ -73,7 +78,7 @@ def test_an_unwritable_folder(tmp_path):
         def job(out):
             if os.geteuid() == 0: os.setuid(65534) # root may write anywhere
             one(out)
-        for o in (out, out/'new'): assert ended(in_child(partial(job, o))) == 2 # an `OptionError`
+        for o in (out, out/'new'): assert ended(forked(partial(job, o))) == 2 # an `OptionError`
         assert {p.name: p.read_bytes() for p in out.iterdir()} == before
         for p in (Path(d), out): p.chmod(0o755)
 
@@ -81,7 +86,8 @@ def test_no_room_to_unpack(disk, tmp_path):
     (tmp_path/'big').mkdir()
     (tmp_path/'big'/'a.bin').write_bytes(random.Random(0).randbytes(2_000_000))
     a,ballast = tar(tmp_path/'a.tgz', x=tmp_path/'big'),fill(disk, 1_000_000)
-    with pytest.raises(RecipeError, match='a.tgz could not be unpacked .*No space left on device.*nothing of it is used'): unpack([a], disk/'x')
+    with pytest.raises(RecipeError, match='a.tgz could not be unpacked .*No space left on device.*nothing of it is used'):
+        unpack([a], disk/'x')
     assert {p.name for p in disk.iterdir()} <= {'ballast', '.making-x.lock'}
     ballast.unlink()
     assert (unpack([a], disk/'x')/'a.bin').read_bytes() == (tmp_path/'big'/'a.bin').read_bytes()

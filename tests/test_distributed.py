@@ -1,13 +1,19 @@
 """Two processes train the run that one process trains, the first of them writes, and the death of one ends the job."""
-import os, runpy, shutil, subprocess, sys
+import os
+import runpy
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
-import pytest, torch
+import pytest
+import torch
 
 from radam_fastai.recipes.checkpoint import load_checkpoint
 from radam_fastai.recipes.records import read_records
 
 pytest.importorskip('accelerate')
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group('distributed')]
 root = Path(__file__).resolve().parent.parent
 
 script = '''
@@ -43,13 +49,15 @@ def make(opt):
     "A network without batch normalisation, and a validation set that two processes cannot share equally"
     d = load_digits()
     x,y = torch.tensor(d.images/16, dtype=torch.float).flatten(1),torch.tensor(d.target)
-    dls = DataLoaders.from_dsets(TensorDataset(x[:1400], y[:1400]), TensorDataset(x[1400:], y[1400:]), bs=36, num_workers=0) # the last batch has one item
+    train,valid = TensorDataset(x[:1400], y[:1400]),TensorDataset(x[1400:], y[1400:])
+    dls = DataLoaders.from_dsets(train, valid, bs=36, num_workers=0) # the last batch has one item
     net = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
     dies = [Die()] if (mode, opt) == ('die', 'adam') else []
     return Learner(dls, net, loss_func=CrossEntropyLossFlat(), metrics=accuracy, opt_func=opt_func(opt), cbs=[Keep(opt), *dies])
 
 out.mkdir(exist_ok=True)
-runs = [Run(f'{opt}-0', 0, dict(opt=opt), partial(make, opt), lambda l: l.fit_one_cycle(2, 1e-2), dict(name='digits')) for opt in ('ranger','adam')]
+def train(learn): learn.fit_one_cycle(2, 1e-2)
+runs = [Run(f'{opt}-0', 0, dict(opt=opt), partial(make, opt), train, dict(name='digits')) for opt in ('ranger','adam')]
 run_job(runs, out/'digits', 'test', keep=True, resume=mode == 'resume')
 if mode == 'all':
     kw = dict(path=images, arch='xresnet18', size=32, bs=16, epochs=1, workers=1, out=out/'images', preset='over9000-radam')
@@ -65,10 +73,11 @@ def launch(tmp_path, images, mode, n=2):
 
 def accelerate(tmp_path, *args, n=2):
     "What becomes of `job.py` with these arguments, run by `n` processes"
-    launcher = ['-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', str(n), '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no',
-                '--main_process_port', '0']
+    launcher = ['-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', str(n), '--num_machines', '1', 
+                '--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port', '0']
     env = {**os.environ, 'PYTHONPATH': str(root), 'OMP_NUM_THREADS': '1', 'ACCELERATE_USE_CPU': 'true', 'CUDA_VISIBLE_DEVICES': ''}
-    return subprocess.run([sys.executable, *launcher, str(tmp_path/'job.py'), *map(str, args)], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=1800)
+    return subprocess.run([sys.executable, *launcher, str(tmp_path/'job.py'), *map(str, args)], env=env, cwd=tmp_path, capture_output=True,
+                          text=True, timeout=1800)
 
 @pytest.fixture(scope='module')
 def both(tmp_path_factory, images):
@@ -130,6 +139,8 @@ def test_the_death_of_a_process_ends_the_job(tmp_path, images):
     assert res.returncode != 0
     assert 'exitcode  : 3' in res.stderr and 'rank' in res.stderr # the launcher says which, and how
     record, = read_records(out/'records.jsonl')
-    assert record['run'] == 'ranger-0' and len(record['epochs']) == 2 and load_checkpoint(out/'adam-0.pth')['epoch'] == 1 # what was done is there
+    # what was done is there
+    assert record['run'] == 'ranger-0' and len(record['epochs']) == 2 and load_checkpoint(out/'adam-0.pth')['epoch'] == 1
     assert launch(tmp_path, images, 'resume').returncode == 0
-    assert [r['run'] for r in read_records(out/'records.jsonl')] == ['ranger-0', 'adam-0'] and read_records(out/'records.jsonl')[0] == record
+    assert [r['run'] for r in read_records(out/'records.jsonl')] == ['ranger-0', 'adam-0']
+    assert read_records(out/'records.jsonl')[0] == record

@@ -1,5 +1,11 @@
 """The site: every link leads somewhere, every notebook has a page, and a reader sees what is meant for him."""
-import json, os, re, shutil, subprocess, sys, threading
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
 from functools import partial
 from html.parser import HTMLParser
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -9,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 root = Path(__file__).resolve().parent.parent
-pytestmark = pytest.mark.docs
+pytestmark = [pytest.mark.docs, pytest.mark.slow, pytest.mark.xdist_group('docs')]
 NOTEBOOKS = [p for p in sorted((root/'nbs').rglob('*.ipynb')) if p.name != 'index.ipynb' and p.parent.name != '.ipynb_checkpoints']
 ALL = next(p for p in NOTEBOOKS if '#| default_exp all"' in p.read_text()).relative_to(root/'nbs').as_posix()
 

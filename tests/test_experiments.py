@@ -1,21 +1,25 @@
 """The experiments: the same weights and batches for all, numbers that are the records', answers from records alone."""
-import json, random, shutil
-from pathlib import Path
+import json
+import random
 
-import numpy as np, pytest, torch
+import numpy as np
+import pytest
+import torch
 from fastai.callback.core import Callback
 from PIL import Image
 
-from radam_fastai.experiments import images as robustness, main as experiment, sweep, theory as limits
+from helpers import short_header
+from radam_fastai.experiments import images, main as experiment, sweep, theory
 from radam_fastai.experiments.main import EXPERIMENTS
-from radam_fastai.recipes.jobs import run_job
-from radam_fastai.recipes.data import crop_flip, tensor_dls
+from radam_fastai.experiments.sweep import BETTER, contender, get_runs, labels, merit_table, near_range, sweep_table
 from radam_fastai.recipes.cli import OptionError, RecipeError
+from radam_fastai.recipes.data import crop_flip, tensor_dls
+from radam_fastai.recipes.jobs import run_job
 from radam_fastai.recipes.optims import optims
 from radam_fastai.recipes.records import append_record, read_records
-from radam_fastai.experiments.sweep import BETTER, contender, get_runs, labels, merit_table, near_range, sweep_table
 from radam_fastai.rectify import rho_inf
-from test_data import short_header
+
+pytestmark = pytest.mark.slow
 
 # Images in memory
 
@@ -61,7 +65,7 @@ def folder(tmp_path):
     return tmp_path/'photos'
 
 def test_images_are_read_and_normalised(folder):
-    (train,valid),about = robustness.load_images(folder, dict(size=4, n_items=None, n_valid=None, bs=10))
+    (train,valid),about = images.load_images(folder, dict(size=4, n_items=None, n_valid=None, bs=10))
     raw = np.repeat([25*c+i for c in range(10) for i in range(8)], 3*4*4).reshape(80,3,4,4)/255
     got = train[0].reshape(10, 8, -1).sort(dim=1)[0].reshape(80,3,4,4) # a class's images come in any order
     assert np.allclose(got, (raw-raw.mean())/raw[:,0].std(ddof=1), atol=1e-5)
@@ -73,14 +77,16 @@ def test_images_are_read_and_normalised(folder):
 def test_an_image_that_cannot_be_read(folder, damage):
     bad = folder/'train'/'c3'/'2.png'
     bad.write_bytes(bad.read_bytes()[:30] if damage == 'cut' else short_header())
-    with pytest.raises(RecipeError, match=f'{bad} is no image that can be read'): robustness.load_images(folder, dict(size=4, n_items=None, n_valid=None, bs=10))
+    with pytest.raises(RecipeError, match=f'{bad} is no image that can be read'):
+        images.load_images(folder, dict(size=4, n_items=None, n_valid=None, bs=10))
 
 def test_image_learners_differ_in_the_optimizer_alone(folder):
-    loaded,_ = robustness.load_images(folder, dict(size=8, n_items=20, n_valid=None, bs=10))
+    loaded,_ = images.load_images(folder, dict(size=8, n_items=20, n_valid=None, bs=10))
     def begun(opt):
         torch.manual_seed(7)
-        learn = robustness.image_learner(loaded, {**robustness.SMALL, 'opt':opt, 'bs':10, 'n_steps':5, 'lr':.01} if opt in ('adam-warmup','adam-2k') else
-                                         {**robustness.SMALL, 'opt':opt, 'bs':10, 'lr':.01})
+        learn = images.image_learner(loaded,
+                                     {**images.SMALL, 'opt':opt, 'bs':10, 'n_steps':5, 'lr':.01} if opt in ('adam-warmup','adam-2k') else
+                                         {**images.SMALL, 'opt':opt, 'bs':10, 'lr':.01})
         learn.create_opt()
         return learn
     first,*others = [begun(o) for o in optims('recipe', 'experiment')]
@@ -101,9 +107,11 @@ def test_contenders_honour_their_settings(opt):
 # Tables
 
 def rec(opt, lr, seed, acc, **options):
-    return dict(recipe='lr-robustness', run=f'{opt}-{lr}-{seed}', opt=opt, seed=seed, options=dict(opt=opt, lr=lr, **options), data=dict(name='d', train=8, valid=4),
+    return dict(recipe='lr-robustness', run=f'{opt}-{lr}-{seed}', opt=opt, seed=seed, options=dict(opt=opt, lr=lr, **options),
+                data=dict(name='d', train=8, valid=4),
                 device=dict(name='m', threads=1), versions=dict(torch='1', fastai='2'), secs=6., rectifier=None, n_steps=2,
-                epochs=[dict(epoch=i, step=i+1, train_loss=1., valid_loss=1., accuracy=a, perplexity=1/max(a, 1e-9), train_secs=1., secs=1.) for i,a in enumerate((acc/2, acc))])
+                epochs=[dict(epoch=i, step=i+1, train_loss=1., valid_loss=1., accuracy=a, perplexity=1/max(a, 1e-9), train_secs=1.,
+                             secs=1.) for i,a in enumerate((acc/2, acc))])
 
 def test_sweep_table_against_numpy():
     rng = np.random.default_rng(0)
@@ -114,13 +122,15 @@ def test_sweep_table_against_numpy():
         for lr in (.1,.01): assert df[f'lr {lr}'][row] == f'{np.mean(accs[o,lr]):.3f} ± {np.std(accs[o,lr], ddof=1):.3f}'
 
 def test_labels_tell_settings_apart():
-    rs = [rec('adam-warmup', .1, 0, .5, n_steps=n) for n in (10,20)] + [rec('adam', .1, s, .5) for s in range(3)] + [rec('adam-eps', .1, 0, .5, eps=1e-4)]
+    rs = [rec('adam-warmup', .1, 0, .5, n_steps=n) for n in (10,20)] + [rec('adam', .1, s, .5)
+                                                                        for s in range(3)] + [rec('adam-eps', .1, 0, .5, eps=1e-4)]
     assert labels(rs) == ['Adam, warm-up, n_steps 10', 'Adam, warm-up, n_steps 20', *['Adam']*3, 'Adam-eps, eps 0.0001']
     assert labels([rec('adam', .1, 0, .5, epochs=e) for e in (1,1,2)]) == ['Adam','Adam','Adam, epochs 2']
     other_data = {**rec('adam', .1, 0, .5), 'data':dict(name='e')}
     assert len(set(labels([rec('adam', .1, 0, .5), rec('adam', .1, 1, .5), other_data]))) == 2
 
-@pytest.mark.parametrize('means,text', [({.1:.7,.01:.695,.001:.5}, '0.01 – 0.1 (×10)'), ({.1:.7,.01:.6,.001:.7}, '0.001 – 0.001 (×1)'), ({.1:.7,.03:.6,.01:.7,.003:.695}, '0.003 – 0.01 (×3.33)'), ({.1:.2}, '')])
+@pytest.mark.parametrize('means,text', [({.1:.7,.01:.695,.001:.5}, '0.01 – 0.1 (×10)'), ({.1:.7,.01:.6,.001:.7}, '0.001 – 0.001 (×1)'),
+                                        ({.1:.7,.03:.6,.01:.7,.003:.695}, '0.003 – 0.01 (×3.33)'), ({.1:.2}, '')])
 def test_near_range(means, text): assert near_range(means, .7, BETTER['accuracy'][1]) == text
 
 def test_perplexity_is_better_when_it_is_lower():
@@ -138,8 +148,10 @@ def test_diverged_runs_are_the_worst(metric):
 # The command
 
 
-few = dict({'lr-robustness':['--opts','radam,sgd','--lrs','.03'], 'warmup-lengths':['--opts','radam,adam-warmup','--lrs','.03'], 'variance':[], 'degenerate':[],
-            'adam-2k':['--opts','radam,adam-2k','--lrs','.001','--n-items','4000'], 'language':['--opts','radam','--lrs','.01','--n-items','4000']})
+few = dict({'lr-robustness':['--opts','radam,sgd','--lrs','.03'], 'warmup-lengths':['--opts','radam,adam-warmup','--lrs','.03'],
+            'variance':[], 'degenerate':[],
+            'adam-2k':['--opts','radam,adam-2k','--lrs','.001','--n-items','4000'],
+            'language':['--opts','radam','--lrs','.01','--n-items','4000']})
 
 @pytest.mark.parametrize('name', EXPERIMENTS)
 def test_every_experiment_runs_without_data(cli, tmp_path, name):
@@ -164,16 +176,20 @@ def test_report_needs_records_alone(cli, tmp_path, monkeypatch):
     assert {'results.md','merit.md','sweep.png','curves.png','table.md','all.png'} <= {p.name for p in tmp_path.iterdir()}
     append_record(tmp_path/'other'/'records.jsonl', {**rec('radam', .1, 0, .5), 'recipe':'warmup-lengths'})
     assert cli('experiment', '--report', tmp_path)[0] == 0 # each experiment has its own tables
-    assert '| RAdam | 0.500 |' in (tmp_path/'warmup-lengths'/'results.md').read_text() and 'Adam' in (tmp_path/'lr-robustness'/'results.md').read_text()
+    assert '| RAdam | 0.500 |' in (tmp_path/'warmup-lengths'/'results.md').read_text()
+    assert 'Adam' in (tmp_path/'lr-robustness'/'results.md').read_text()
 
 def test_without_a_name_they_are_listed(cli):
     status,out,_ = cli('experiment')
     assert status == 0 and all(n in out and e.question in out for n,e in EXPERIMENTS.items())
     assert all(n in ' '.join(cli('experiment', '--help')[1].split()) for n in EXPERIMENTS)
 
-bad = {'lr-robust':'choose from lr-robustness, warmup-lengths', 'variance --budget huge':'choose from small, paper', 'language --runs 0':'1 to 1000', 'language --seed -1':'--seed',
-    'lr-robustness --opts adamw':'choose from adam, radam', 'lr-robustness --lrs 1e-3,x':"'x' is none", 'lr-robustness --lrs 0':'--lrs', 'lr-robustness --epochs 0':'--epochs',
-    'lr-robustness --bs 1':'--bs', 'lr-robustness --n-items 3':'--n-items', 'lr-robustness --path nowhere':'nowhere', 'language --path nowhere':'nowhere', 'lr-robustness --bs 4000':'--bs 4000'}
+bad = {'lr-robust':'choose from lr-robustness, warmup-lengths', 'variance --budget huge':'choose from small, paper',
+       'language --runs 0':'1 to 1000', 'language --seed -1':'--seed',
+    'lr-robustness --opts adamw':'choose from adam, radam', 'lr-robustness --lrs 1e-3,x':"'x' is none", 'lr-robustness --lrs 0':'--lrs',
+    'lr-robustness --epochs 0':'--epochs',
+    'lr-robustness --bs 1':'--bs', 'lr-robustness --n-items 3':'--n-items', 'lr-robustness --path nowhere':'nowhere',
+    'language --path nowhere':'nowhere', 'lr-robustness --bs 4000':'--bs 4000'}
 
 @pytest.mark.parametrize('args', bad)
 def test_options_that_cannot_be_used(cli, tmp_path, monkeypatch, args):
@@ -197,28 +213,28 @@ class Stop(Callback):
 def test_notes_survive_a_kill(tmp_path, tiny, monkeypatch):
     "What was noted in the first epoch is in the record of a run that was killed in the second"
     monkeypatch.setattr(sweep, 'save_figure', lambda *a: None)
-    shared,cells = limits.variance.budgets['small']
-    def runs(): return get_runs(limits.variance, {**shared, 'epochs':2}, cells[:1], [1])
+    shared,cells = theory.variance.budgets['small']
+    def runs(): return get_runs(theory.variance, {**shared, 'epochs':2}, cells[:1], [1])
     none = dict(write=lambda *a, **kw: None)
     whole, = run_job(runs(), tmp_path/'whole', 'variance', **none)
-    make = limits.variance.make
-    monkeypatch.setattr(limits.variance, 'make', lambda *a: make(*a).add_cb(Stop()))
+    make = theory.variance.make
+    monkeypatch.setattr(theory.variance, 'make', lambda *a: make(*a).add_cb(Stop()))
     with pytest.raises(KeyboardInterrupt): run_job(runs(), tmp_path/'killed', 'variance', **none)
-    monkeypatch.setattr(limits.variance, 'make', make)
+    monkeypatch.setattr(theory.variance, 'make', make)
     again, = run_job(runs(), tmp_path/'killed', 'variance', resume=True, **none)
     assert [s['epoch'] for s in again['sittings']] == [0, 1]
     assert json.dumps(again['notes']) == json.dumps(whole['notes']) and again['steps'] == whole['steps']
-    assert len(whole['notes']['variance']['scaled']) == limits.VARIANCE_STEPS
+    assert len(whole['notes']['variance']['scaled']) == theory.VARIANCE_STEPS
 
 # What they are about
 
 def test_degenerate_is_sgd_to_the_bit(tmp_path, tiny):
     "And not only by its losses: the parameters are equal"
-    shared,_ = limits.degenerate.budgets['small']
+    shared,_ = theory.degenerate.budgets['small']
     kept = {}
     for o in dict(opt='sgd'),dict(opt='radam', sqr_mom=2/3),dict(opt='radam', sqr_mom=.7):
         torch.manual_seed(0)
-        learn = robustness.image_learner(robustness.load_images(None, shared)[0], {**shared, **o, 'lr':.03})
+        learn = images.image_learner(images.load_images(None, shared)[0], {**shared, **o, 'lr':.03})
         learn.dls.train.rng = random.Random(0)
         with learn.no_bar(),learn.no_logging(): learn.fit(1, .03)
         kept[o.get('sqr_mom')] = torch.cat([p.detach().flatten() for p in learn.model.parameters()])
@@ -227,12 +243,15 @@ def test_degenerate_is_sgd_to_the_bit(tmp_path, tiny):
 
 @pytest.mark.parametrize('name', ['lr-robustness','warmup-lengths','variance','degenerate'])
 def test_images_of_the_archive(cli, data_path, tmp_path, name):
-    status,_,err = cli('experiment', name, '--path', data_path if (data_path/'cifar10.tgz').exists() else data_path/'cifar10', '--out', tmp_path, '--runs', 1, '--epochs', 1, '--n-items', 1600, *few[name])
+    status,_,err = cli('experiment', name, '--path', data_path if (data_path/'cifar10.tgz').exists() else data_path/'cifar10', '--out',
+                       tmp_path, '--runs', 1, '--epochs', 1, '--n-items', 1600, *few[name])
     assert status == 0, err
     assert {r['data']['name'] for r in read_records(tmp_path/'records.jsonl')} == {'cifar10'}
 
 @pytest.mark.parametrize('name', ['adam-2k','language'])
 def test_text_of_the_archive(cli, data_path, tmp_path, name):
-    status,_,err = cli('experiment', name, '--path', data_path if (data_path/'wikitext-2-small.tgz').exists() else data_path/'wikitext-2-small', '--out', tmp_path, '--runs', 1, '--epochs', 1, *few[name])
+    status,_,err = cli('experiment', name, '--path',
+                       data_path if (data_path/'wikitext-2-small.tgz').exists() else data_path/'wikitext-2-small', '--out', tmp_path,
+                       '--runs', 1, '--epochs', 1, *few[name])
     assert status == 0, err
     assert {r['data']['name'] for r in read_records(tmp_path/'records.jsonl')} == {'wikitext-2-small'}

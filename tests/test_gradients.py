@@ -1,20 +1,41 @@
 """The recorders of gradients against numpy on gradients and averages that an independent callback has copied."""
-import copy, pickle, random
+import copy
+import pickle
+import random
 from functools import partial
 
-import fastai.optimizer as fo, numpy as np, pytest, torch
-from fastai.basics import (Callback, CancelBackwardException, CancelBatchException, CancelStepException, CancelTrainException, DataLoaders,
-                            Learner, OptimWrapper, load_learner)
+import fastai.optimizer as fo
+import numpy as np
+import pytest
+import torch
+from fastai.basics import (
+    Callback,
+    CancelBackwardException,
+    CancelBatchException,
+    CancelStepException,
+    CancelTrainException,
+    DataLoaders,
+    Learner,
+    OptimWrapper,
+    load_learner,
+)
 from fastai.callback.all import GradientAccumulation, GradientClip, MixedPrecision, ProgressCallback
 from torch import nn
 
-from radam_fastai import gradients as callback
-from radam_fastai.gradients import AdaptiveLRVariance, GradientHistogram, layer_parameters, log_edges, lr_variances, sample_coordinates, squared_averages, squared_gradients
+from helpers import Data
+from radam_fastai import gradients
+from radam_fastai.gradients import (
+    AdaptiveLRVariance,
+    GradientHistogram,
+    layer_parameters,
+    log_edges,
+    lr_variances,
+    sample_coordinates,
+    squared_averages,
+    squared_gradients,
+)
 from radam_fastai.optimizer import RAdam, Ranger
 from radam_fastai.torch_optim import RAdamWrapper
-
-class Data(list):
-    def new_empty(self): return Data()
 
 def first_and_rest(m): return [list(m[0].parameters()), list(m[2].parameters())]
 
@@ -51,8 +72,10 @@ def expected(grads, edges):
 def counts(learn): return learn.gradient_histogram.to_frame().iloc[:, 2:].to_numpy()
 
 wrapped = partial(OptimWrapper, opt=torch.optim.AdamW)
-opts = {'RAdam': RAdam, 'Ranger': partial(Ranger, k=2), 'RAdamWrapper': RAdamWrapper, 'fastai Adam': partial(fo.Adam, decouple_wd=False, wd=.1),
-        'fastai SGD': fo.SGD, 'fastai ranger': partial(fo.ranger, k=2), 'torch AdamW': wrapped, 'torch SGD': partial(OptimWrapper, opt=torch.optim.SGD)}
+opts = {'RAdam': RAdam, 'Ranger': partial(Ranger, k=2), 'RAdamWrapper': RAdamWrapper,
+        'fastai Adam': partial(fo.Adam, decouple_wd=False, wd=.1),
+        'fastai SGD': fo.SGD, 'fastai ranger': partial(fo.ranger, k=2), 'torch AdamW': wrapped,
+        'torch SGD': partial(OptimWrapper, opt=torch.optim.SGD)}
 
 @pytest.mark.parametrize('name', opts)
 def test_histogram_is_numpys(name):
@@ -265,18 +288,18 @@ def test_gradients_on_two_devices(monkeypatch):
     r = nn.Parameter(torch.zeros(2))
     r.grad = torch.tensor([3., .5])
     h.sample.append((r, torch.arange(2)))
-    monkeypatch.setattr(callback, '_by_device', list) # each tensor on a device of its own
+    monkeypatch.setattr(gradients, '_by_device', list) # each tensor on a device of its own
     assert h.measure().tolist() == [0, 1, 1, 2, 1, 0]
 
 def test_variance_of_parameters_on_two_devices(monkeypatch):
     whole,parts = (get_learner(cbs=AdaptiveLRVariance(8)) for _ in range(2))
     whole.fit(1, .01)
-    monkeypatch.setattr(callback, '_by_device', list)
+    monkeypatch.setattr(gradients, '_by_device', list)
     parts.fit(1, .01)
     assert (whole.adaptive_lr_variance.v == parts.adaptive_lr_variance.v).all()
     monkeypatch.undo()
     a,b = torch.ones(2, device='meta'),torch.ones(3)
-    assert [t.device.type for t in callback._by_device([b, a, b])] == ['cpu', 'meta'] and len(callback._by_device([b, b])[0]) == 6
+    assert [t.device.type for t in gradients._by_device([b, a, b])] == ['cpu', 'meta'] and len(gradients._by_device([b, b])[0]) == 6
 
 # Warnings
 
@@ -332,7 +355,8 @@ def test_steps_that_this_fit_does_not_reach():
     learn.fit(1, .01)
     assert [r[0] for r in cb.rows] == [8, 16]
     cb.needed = 25
-    with pytest.warns(UserWarning, match=r'update 25 is never reached: this fit ends at update 24 at the latest \(16 made before it, then 1 epochs'): learn.fit(1, .01)
+    says = r'update 25 is never reached: this fit ends at update 24 at the latest \(16 made before it, then 1 epochs'
+    with pytest.warns(UserWarning, match=says): learn.fit(1, .01)
 
 def test_every_tenth_update_is_the_default():
     learn = get_learner(cbs=GradientHistogram())
@@ -344,9 +368,11 @@ def test_epochs_that_are_skipped_are_not_counted():
     with pytest.warns(UserWarning, match='update 9 is never reached: this fit ends at update 8'): learn.fit(3, .01, start_epoch=2)
 
 @pytest.mark.parametrize('cb, says', [
-    (lambda: GradientHistogram(every=1, layers=['2', '0.wieght']), "no layer '0.wieght' with parameters in the model; names that come near: '0.weight'"),
+    (lambda: GradientHistogram(every=1, layers=['2', '0.wieght']),
+     "no layer '0.wieght' with parameters in the model; names that come near: '0.weight'"),
     (lambda: AdaptiveLRVariance(2, layers='1'), "no layer '1'"), # the relu
-    (lambda: GradientHistogram(every=1, layers='head'), "no layer 'head' with parameters in the model; names that come near: '0', '0.weight'")])
+    (lambda: GradientHistogram(every=1, layers='head'),
+     "no layer 'head' with parameters in the model; names that come near: '0', '0.weight'")])
 def test_layers_that_do_not_exist_are_an_error_before_the_first_batch(cb, says):
     learn = get_learner(cbs=cb())
     before = [p.detach().clone() for p in learn.model.parameters()]
@@ -356,12 +382,15 @@ def test_layers_that_do_not_exist_are_an_error_before_the_first_batch(cb, says):
 def test_parameters_that_are_not_the_optimizers():
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
     opt = lambda params, **_: OptimWrapper(opt=torch.optim.SGD(params[1], lr=.1))
-    assert "the optimizer (OptimWrapper) has none of the parameters of ['0']" in message(GradientHistogram(every=1, layers='0'), opt_func=opt, model=model)
+    assert "the optimizer (OptimWrapper) has none of the parameters of ['0']" in message(GradientHistogram(every=1, layers='0'),
+                                                                                         opt_func=opt, model=model)
 
-@pytest.mark.parametrize('opt,name', [(fo.SGD, 'Optimizer'), (fo.RMSProp, 'Optimizer'), (partial(OptimWrapper, opt=torch.optim.SGD), 'SGD')])
+@pytest.mark.parametrize('opt,name', [(fo.SGD, 'Optimizer'), (fo.RMSProp, 'Optimizer'),
+                                      (partial(OptimWrapper, opt=torch.optim.SGD), 'SGD')])
 def test_variance_needs_squared_averages(opt, name):
     says = message(AdaptiveLRVariance(2), opt_func=opt)
-    assert f'needs an optimizer with a debiased average of squared gradients, such as Adam or RAdam; this one ({name}) has the hyper-parameters' in says
+    assert 'needs an optimizer with a debiased average of squared gradients, such as Adam or RAdam' in says
+    assert f'this one ({name}) has the hyper-parameters' in says
 
 def test_variance_needs_the_first_update():
     assert 'this one has made 8 and 0 are recorded' in message(AdaptiveLRVariance(2), fits=2)
@@ -377,7 +406,8 @@ def test_variance_needs_the_first_update():
     with pytest.warns(UserWarning, match='this one has made 0 and 2 are recorded'): learn.fit(1, .01, reset_opt=True)
 
 def test_variance_needs_one_beta2():
-    for layers,says in ((None, r'sqr_mom and eps differ between the parameter groups \(\[\(0.9, 1e-05\), \(0.99, 1e-05\)\]\)'), ('0', None)):
+    for layers,says in ((None, r'sqr_mom and eps differ between the parameter groups \(\[\(0.9, 1e-05\), \(0.99, 1e-05\)\]\)'),
+                        ('0', None)):
         learn = get_learner(cbs=AdaptiveLRVariance(2, layers=layers))
         learn.create_opt()
         learn.opt.hypers[0]['sqr_mom'] = .9
@@ -402,7 +432,8 @@ def averages(grads, sqr_mom):
         res.append(v)
     return np.array(res)
 
-adaptive = {'RAdam': (RAdam, .99, 1e-5), 'Ranger': (partial(Ranger, k=3), .99, 1e-6), 'fastai Adam': (fo.Adam, .99, 1e-5), 'torch AdamW': (wrapped, .999, 1e-8),
+adaptive = {'RAdam': (RAdam, .99, 1e-5), 'Ranger': (partial(Ranger, k=3), .99, 1e-6), 'fastai Adam': (fo.Adam, .99, 1e-5),
+            'torch AdamW': (wrapped, .999, 1e-8),
             'RAdamWrapper': (partial(RAdamWrapper, betas=(.9, .99)), .99, 1e-8)}
 
 @pytest.mark.parametrize('name', adaptive)
@@ -424,7 +455,8 @@ def test_variance_is_numpys(name):
         assert row.pooled == pytest.approx(rate.var()*(sigma[sigma > 0]**2).mean(), rel=1e-3)
     late = df[df.rho > 4]
     np.testing.assert_allclose(late.first_order, late.rho/(2*(late.rho-2)*(late.rho-4)))
-    assert df[df.rho <= 4][['exact', 'first_order']].isna().all().all() and late.exact.notna().all() and len(late) == 12 - (df.rho <= 4).sum()
+    assert df[df.rho <= 4][['exact', 'first_order']].isna().all().all() and late.exact.notna().all()
+    assert len(late) == 12 - (df.rho <= 4).sum()
 
 def test_normal_gradients_follow_the_theory():
     "A model whose gradients are its inputs: normal, with σ over three decades"
@@ -489,13 +521,15 @@ def test_figures():
     h,v = learn.gradient_histogram,learn.adaptive_lr_variance
     _,axs = plt.subplots(1, 3)
     assert h.plot_ridge(axs[0]) is axs[0] and h.plot_heatmap(axs[1]) is axs[1] and v.plot(axs[2]) is axs[2]
-    assert [a.get_xlabel() for a in axs] == ['|gradient|', 'update', 'update'] and (axs[0].get_xscale(), axs[1].get_yscale()) == ('log', 'log')
+    assert [a.get_xlabel() for a in axs] == ['|gradient|', 'update', 'update']
+    assert (axs[0].get_xscale(), axs[1].get_yscale()) == ('log', 'log')
     drawn = axs[1].collections[0].get_array()
     df = h.to_frame()
     on_axis = df[list(range(140))].to_numpy()
     np.testing.assert_allclose(drawn.T*np.diff(np.log10(h.edges)), on_axis/44)
     ridge = axs[0].patches[0].get_data()
-    np.testing.assert_allclose((ridge.values - ridge.baseline)/(ridge.values - ridge.baseline).max(), on_axis[0]/on_axis[0].max(), rtol=1e-6)
+    np.testing.assert_allclose((ridge.values - ridge.baseline)/(ridge.values - ridge.baseline).max(), on_axis[0]/on_axis[0].max(),
+                               rtol=1e-6)
     np.testing.assert_allclose(axs[2].lines[1].get_ydata(), v.to_frame().scaled)
     assert [a.get_ylabel() for a in h.plot()] == [axs[0].get_ylabel(), '|gradient|']
     plt.close('all')
@@ -507,4 +541,5 @@ def test_edges_are_those_used():
 def test_a_state_without_the_average_is_named():
     "Adamax has the hyper-parameters of Adam, and a maximum instead of the average: its first update tells"
     learn = get_learner(partial(OptimWrapper, opt=torch.optim.Adamax), AdaptiveLRVariance(2))
-    with pytest.warns(UserWarning, match='the state of OptimWrapper has neither sqr_avg nor exp_avg_sq, but step, exp_avg, exp_inf'): learn.fit(1, .01)
+    with pytest.warns(UserWarning, match='the state of OptimWrapper has neither sqr_avg nor exp_avg_sq, but step, exp_avg, exp_inf'):
+        learn.fit(1, .01)

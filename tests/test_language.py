@@ -1,17 +1,34 @@
 """Text is read whole and in order, models see no future, and a run is a function of seed and epoch."""
-import hashlib, math, tarfile
+import hashlib
+import math
+import tarfile
 
-import numpy as np, pytest, torch, torch.nn.functional as F
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.torch_core import set_seed
 
+from helpers import Stop, equal_jobs
+from radam_fastai.experiments.language import (
+    SIZES,
+    Transformer,
+    awd_lstm_learner,
+    find_text,
+    get_vocab,
+    lm_dls,
+    markov_text,
+    sinusoids,
+    transformer_learner,
+)
 from radam_fastai.optimizer import RAdamFn
 from radam_fastai.recipes import data
 from radam_fastai.recipes.checkpoint import SeedEpochs, start_at
-from radam_fastai.recipes.jobs import Run, run_job
-from radam_fastai.experiments.language import SIZES, Transformer, awd_lstm_learner, find_text, get_vocab, lm_dls, markov_text, sinusoids, transformer_learner
 from radam_fastai.recipes.cli import OptionError
-from test_resume import Stop, equal_jobs
+from radam_fastai.recipes.jobs import Run, run_job
+
+pytestmark = pytest.mark.slow
 
 nets = dict(language=dict(emb_sz=8, n_hid=12, n_layers=2, drop_mult=.5, alpha=2., beta=1.),
             **{'adam-2k': dict(d_model=8, n_heads=2, n_layers=2, dropout=.1, norm_first=False)})
@@ -68,7 +85,8 @@ def folder(tmp_path):
 def test_files(folder):
     train,valid,about = find_text(folder)
     assert train == ['<eos>','=','A','<unk>','=','<eos>','<eos>','b','c','.','<eos>'] and valid == ['b','.','<eos>']
-    assert {k: about[k] for k in ('name','source','tokens','valid_tokens')} == dict(name=folder.name, source='a folder', tokens=11, valid_tokens=3)
+    assert {k: about[k] for k in ('name','source','tokens','valid_tokens')} == dict(name=folder.name, source='a folder', tokens=11,
+                                                                                    valid_tokens=3)
     digests = {about['digest']}
     for k,v in dict(train=files['train'].replace('b c', 'c b'), valid='b !\n').items():
         (folder/f'{k}.txt').write_text(v)
@@ -86,7 +104,8 @@ def test_archive(folder, tmp_path, monkeypatch):
     assert about['digest'] == find_text(folder)[2]['digest']
 
 @pytest.mark.parametrize('name', ['train.txt', 'valid.txt'])
-@pytest.mark.parametrize('damage,says', [(None,'holds no file {}; it should hold train.txt and valid.txt'), (b' \n \n','{} is empty'), (b'\xff\xfea\n','{} is no text in UTF-8')])
+@pytest.mark.parametrize('damage,says', [(None,'holds no file {}; it should hold train.txt and valid.txt'), (b' \n \n','{} is empty'),
+                                         (b'\xff\xfea\n','{} is no text in UTF-8')])
 def test_missing_or_damaged_file_is_named(folder, name, damage, says):
     (folder/name).unlink()
     if damage: (folder/name).write_bytes(damage)
@@ -202,7 +221,8 @@ def test_network_by_hand(text, norm_first):
 
 def test_places():
     n,d = 300,8
-    np.testing.assert_allclose(sinusoids(n, d), [[(np.sin,np.cos)[i%2](t/10_000**(2*(i//2)/d)) for i in range(d)] for t in range(n)], atol=1e-4)
+    np.testing.assert_allclose(sinusoids(n, d), [[(np.sin,np.cos)[i%2](t/10_000**(2*(i//2)/d)) for i in range(d)] for t in range(n)],
+                               atol=1e-4)
 
 def test_weights_begin_as_they_should():
     "Xavier's uniform distribution for matrices, that of the original for the vectors of tokens"
@@ -230,8 +250,10 @@ def test_sizes(text, size):
         v = o['max_vocab']+8
         with torch.device('meta'): model = make(dls, v, RAdamFn, o).model
         n = sum(p.numel() for p in model.parameters())
-        assert n == (n_awd_lstm(v, o['emb_sz'], o['n_hid'], o['n_layers']) if kind=='language' else n_transformer(v, o['d_model'], o['n_layers'], o['norm_first']))
-    with torch.device('meta'): assert sum(p.numel() for p in Transformer(50, 8, 2, 3, norm_first=True).parameters()) == n_transformer(50, 8, 3, True)
+        assert n == (n_awd_lstm(v, o['emb_sz'], o['n_hid'], o['n_layers']) if kind=='language'
+                     else n_transformer(v, o['d_model'], o['n_layers'], o['norm_first']))
+    with torch.device('meta'):
+        assert sum(p.numel() for p in Transformer(50, 8, 2, 3, norm_first=True).parameters()) == n_transformer(50, 8, 3, True)
 
 @both
 def test_loss_and_perplexity_are_means_over_tokens(text, kind):
@@ -274,7 +296,8 @@ def test_resumed_equals_uninterrupted(text, tiny, kind, tmp_path):
     "Also what the hidden state would tell an epoch of the one before"
     def job(out, *cbs, **kw):
         def make(): return learner(text, kind, bs=8).add_cbs(cbs)
-        return run_job([Run(f'{kind}-1', 1, dict(opt='radam'), make, lambda l: l.fit_flat_cos(3, 1e-2), dict(name='markov_text'))], out, kind, keep=True, **kw)
+        return run_job([Run(f'{kind}-1', 1, dict(opt='radam'), make, lambda l: l.fit_flat_cos(3, 1e-2), dict(name='markov_text'))], out,
+                       kind, keep=True, **kw)
     n = len(learner(text, kind, bs=8).dls.train)
     job(tmp_path/'whole')
     with pytest.raises(KeyboardInterrupt): job(tmp_path/'part', Stop(n+n//2))
@@ -288,4 +311,5 @@ def test_resumed_equals_uninterrupted(text, tiny, kind, tmp_path):
 def test_text_too_short(text, n_train, n_valid, which):
     train,valid,vocab = text
     assert [len(o) for o in lm_dls(train[:21], valid, vocab, 4, 5, 21).loaders] == [1,1]
-    with pytest.raises(OptionError, match=f'--bs 4: a batch with 5 tokens in a row needs 21 tokens, the {which} text has 20'): lm_dls(train[:n_train], valid, vocab, 4, 5, n_valid)
+    with pytest.raises(OptionError, match=f'--bs 4: a batch with 5 tokens in a row needs 21 tokens, the {which} text has 20'):
+        lm_dls(train[:n_train], valid, vocab, 4, 5, n_valid)

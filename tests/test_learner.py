@@ -1,21 +1,45 @@
 "RAdam, Ranger and RAdamWrapper in real Learners: beside fastai's optimizers on the same batches, uninterrupted runs and sums done by hand"
-import math, warnings
-from contextlib import contextmanager
+import math
 from copy import deepcopy
 from functools import partial
 
 import fastai.optimizer as stock
 import pytest
 import torch
-import torch.nn.functional as F
-from fastai.basics import Callback, CancelStepException, DataLoaders, L, Learner, OptimWrapper, load_learner, noop, params, trainable_params
-from fastai.callback.all import (AMPMode, ChannelsLast, GradientAccumulation, GradientClip, ParamScheduler, ProgressCallback,
-    ReduceLROnPlateau, SaveModelCallback, SchedLin, TerminateOnNaNCallback, combined_cos)
-from torch import nn
+from fastai.basics import Callback, CancelStepException, L, OptimWrapper, load_learner, trainable_params
+from fastai.callback.all import (
+    AMPMode,
+    ChannelsLast,
+    GradientAccumulation,
+    GradientClip,
+    ParamScheduler,
+    ReduceLROnPlateau,
+    SaveModelCallback,
+    SchedLin,
+    TerminateOnNaNCallback,
+    combined_cos,
+)
 
+from helpers import (
+    At,
+    CPUMixedPrecision,
+    all_equal,
+    assert_close,
+    assert_same,
+    flat,
+    get_dls,
+    get_learner,
+    get_model,
+    halves,
+    hypers,
+    no_warnings,
+    overflow,
+    steps,
+    train_both,
+    weights,
+)
 from radam_fastai import torch_optim
 from radam_fastai.optimizer import RAdam, RAdamFn, Ranger, RangerFn
-from radam_fastai.recipes.precision import DevicePrecision
 from radam_fastai.torch_optim import RAdamWrapper
 
 # --- the contestants
@@ -26,7 +50,8 @@ def eps_first_step(p, step, sqr_mom, eps, **kwargs):
 
 def torch_like(params, lr, mom=.9, sqr_mom=.99, eps=1e-5, wd=0., decouple_wd=True):
     "`torch.optim.RAdam`'s rule from fastai's steps, which know `do_wd`"
-    cbs = [stock.weight_decay if decouple_wd else stock.l2_reg, partial(stock.average_grad, dampening=True), stock.average_sqr_grad, stock.step_stat, eps_first_step]
+    cbs = [stock.weight_decay if decouple_wd else stock.l2_reg, partial(stock.average_grad, dampening=True), stock.average_sqr_grad,
+           stock.step_stat, eps_first_step]
     return stock.Optimizer(params, cbs, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd)
 
 def wrapper(params, lr, mom=.9, sqr_mom=.99, eps=1e-5, wd=0., decouple_wd=True):
@@ -43,74 +68,9 @@ def pair(request):
 @pytest.fixture
 def ours(pair): return pair[0]
 
-# --- a small Learner
+# --- what a run goes through
 
-class Data(list):
-    "A dataset that can be exported: it has an empty form"
-    def new_empty(self): return Data()
-
-def get_dls(dtype):
-    g = torch.Generator().manual_seed(0)
-    x = torch.randn(20, 2, 4, 4, generator=g, dtype=torch.float64)
-    y = torch.stack([x.mean((1,2,3)), x[:,0].amax((1,2))], 1)
-    ds = Data(zip(x.to(dtype), y.to(dtype)))
-    return DataLoaders.from_dsets(ds, ds, bs=4, shuffle=False, num_workers=0, device='cpu')
-
-def get_model():
-    "A convolution with its norm, and a linear layer; no parameter starts at zero"
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Sequential(nn.Conv2d(2, 3, 2, bias=False), nn.BatchNorm2d(3), nn.Tanh()),
-                          nn.Sequential(nn.Flatten(), nn.Linear(27, 2)))
-    for p in model.parameters(): nn.init.normal_(p, std=.5)
-    return model
-
-def halves(m): return [params(m[0]), params(m[1])]
-
-def mse(pred, y): return F.mse_loss(pred, y).float()
 def no_gradient(pred, y): return (pred*0).sum().float()
-
-def get_learner(opt_func, model=None, dtype=torch.float64, loss_func=mse, splitter=halves, **kwargs):
-    "A quiet Learner, 5 batches an epoch in the same order, the same from call to call"
-    model = (get_model() if model is None else model).to(dtype)
-    learn = Learner(get_dls(dtype), model, loss_func=loss_func, opt_func=opt_func, splitter=splitter, **kwargs)
-    learn.remove_cb(ProgressCallback)
-    learn.logger = noop
-    return learn
-
-def weights(learn): return [p.detach().clone() for p in learn.model.parameters()]
-def flat(learn): return torch.cat([p.double().flatten() for p in weights(learn)])
-def steps(learn): return [int(learn.opt.state[p].get('step', 0)) for pg in learn.opt.param_lists for p in pg]
-def hypers(learn): return [{k: float(h[k]) for k in ('lr','mom','sqr_mom','eps','wd')} for h in learn.opt.hypers]
-def all_equal(a, b): return len(a) == len(b) and all(map(torch.equal, a, b))
-
-def assert_close(a, b, rtol=1e-6):
-    "Learners `a` and `b` hold the same parameters to `rtol`, after as many steps, under the same hyper-parameters"
-    torch.testing.assert_close(flat(a), flat(b), rtol=rtol, atol=rtol/100)
-    assert steps(a) == steps(b)
-    assert hypers(a) == hypers(b)
-
-def assert_same(a, b):
-    "As `assert_close`, to the last bit, batch-norm statistics included"
-    assert all_equal(list(a.model.state_dict().values()), list(b.model.state_dict().values()))
-    assert steps(a) == steps(b)
-    assert hypers(a) == hypers(b)
-
-def train_both(pair, train, rtol=1e-6, **kwargs):
-    "Two Learners, ours and fastai's, that `train` moves alike"
-    a,b = (get_learner(o, **kwargs) for o in pair)
-    start = flat(a)
-    for learn in (a, b): train(learn)
-    assert_close(a, b, rtol)
-    assert (flat(a)-start).abs().max() > 1e-3
-    return a,b
-
-class At(Callback):
-    "Calls `f(learn)` at `event` of the training batches numbered in `batches` (`None`: all)"
-    def __init__(self, event, f, batches=None, order=0):
-        self.f,self.batches,self.order = f,batches,order
-        setattr(self, event, self._call)
-    def _call(self):
-        if self.training and (self.batches is None or self.train_iter in self.batches): self.f(self.learn)
 
 class History(Callback):
     "Parameters, highest step count and gradients after every training batch"
@@ -127,14 +87,6 @@ def get_history(opt_func, *cbs, n_epoch=3, **kwargs):
     h = History()
     get_learner(opt_func, **kwargs).fit(n_epoch, .02, wd=.1, cbs=[*cbs, h])
     return h
-
-@contextmanager
-def no_warnings():
-    "Any warning is an error, except about the name under which fastai looks up a function of NumPy's"
-    with warnings.catch_warnings():
-        warnings.simplefilter('error')
-        warnings.filterwarnings('ignore', category=DeprecationWarning, message='numpy.core')
-        yield
 
 # --- the same numbers
 
@@ -154,7 +106,8 @@ def test_equals_fastai(pair, decouple_wd, wd_bn_bias):
     (RAdam, stock.RAdam), (Ranger, stock.ranger), (RAdamWrapper, partial(torch_like, sqr_mom=.999, eps=1e-8, decouple_wd=False)),
     (partial(RAdam, mom=.95), partial(stock.RAdam, mom=.95)), (partial(RAdam, lr=.02, beta=50), partial(stock.RAdam, lr=.02, beta=50)),
     (partial(Ranger, k=3, alpha=.8), partial(stock.ranger, k=3, alpha=.8)),
-    (RAdamFn, partial(stock.RAdam, sqr_mom=.99, eps=1e-6, wd=1e-2)), (partial(RAdamFn, mom=.8), partial(stock.RAdam, sqr_mom=.99, eps=1e-6, wd=1e-2, mom=.8)),
+    (RAdamFn, partial(stock.RAdam, sqr_mom=.99, eps=1e-6, wd=1e-2)),
+    (partial(RAdamFn, mom=.8), partial(stock.RAdam, sqr_mom=.99, eps=1e-6, wd=1e-2, mom=.8)),
     (RangerFn, partial(stock.ranger, mom=.95, sqr_mom=.99, eps=1e-6, wd=1e-2))])
 @pytest.mark.parametrize('splitter', [trainable_params, halves])
 def test_ways_to_say_opt_func(ours, theirs, splitter):
@@ -314,7 +267,8 @@ def test_frozen_body(pair, train_bn):
     learn,_ = train_both(pair, train, train_bn=train_bn)
     n = 15 if train_bn else 0
     assert steps(learn) == [0, n, n, 15, 15]
-    assert [torch.equal(a, b) for a,b in zip(weights(learn), get_model().double().parameters())] == [True, not train_bn, not train_bn, False, False]
+    assert [torch.equal(a, b) for a,b in zip(weights(learn),
+                                             get_model().double().parameters())] == [True, not train_bn, not train_bn, False, False]
 
 @pytest.mark.parametrize('whose', ['learn', 'opt'])
 def test_frozen_mid_training_stays_put(ours, whose):
@@ -375,10 +329,6 @@ def test_cancelled_step_is_not_a_step(pair):
     learn,_ = train_both(pair, lambda learn: learn.fit(3, .02, wd=.1, cbs=At('before_step', cancel_step, skipped)))
     assert steps(learn) == [12]*5
     assert_skipped(get_history(pair[0], At('before_step', cancel_step, skipped)), skipped)
-
-CPUMixedPrecision = partial(DevicePrecision, init_scale=256.)
-
-def overflow(learn): learn.model[1][1].weight.grad[0,0] = math.inf
 
 @pytest.mark.parametrize('skipped', [[], [0], [2,6,7]])
 def test_fp16_overflow_is_not_a_step(pair, skipped):

@@ -1,37 +1,44 @@
-"""Checkpoints with something wrong in them: each is refused by name, with nothing changed, or loaded and then what the file says. RADAM_FULL=1 tries ten times as many."""
-import copy, io, json, os, pickle, random, traceback
+"""Checkpoints with something wrong in them: each is refused by name, with nothing changed, or loaded and then what the file says.
+
+RADAM_FULL=1 tries ten times as many."""
+import copy
+import io
+import json
+import pickle
+import random
 from functools import lru_cache, partial
 
-import fastai.optimizer as fo, pytest, torch
+import fastai.optimizer as fo
+import pytest
+import torch
 
-from attacks import FULL, tally
+from helpers import (
+    FULL,
+    authors_state,
+    averages,
+    build,
+    frozen,
+    get_learner,
+    identical,
+    is_torch,
+    numbers,
+    param_lists,
+    params_of,
+    plain_step,
+    result_of,
+    run,
+    tally,
+)
 from mutate import RunsCode, archive, damage, evil_pickles, forge, mutate
 from radam_fastai.all import load_strict
 from radam_fastai.optimizer import RAdam, Ranger, reference_settings
 from radam_fastai.recipes.checkpoint import RECORDED, load_checkpoint, restore_run, run_state, save_checkpoint
-from radam_fastai.recipes.jobs import Run, begin, finish, plan_run, sitting
 from radam_fastai.recipes.cli import RecipeError
+from radam_fastai.recipes.jobs import Run, begin, finish, plan_run, sitting
 from radam_fastai.recipes.records import RunRecorder
 from radam_fastai.torch_optim import RAdam as TorchRAdam, RAdamWrapper
-from reference import plain_step
-from test_checkpoint import authors_state, averages, build, flat, frozen, hypers_of, identical, is_torch, numbers, param_lists, params_of, run
-from test_learner import get_learner
 
-def in_child(f):
-    "What `f()` returns in a process of its own; a crash of that process fails the test"
-    r,w = os.pipe()
-    if not (pid := os.fork()):
-        try: res = f()
-        except BaseException: res = traceback.format_exc()
-        with os.fdopen(w, 'wb') as out: pickle.dump(res, out)
-        os._exit(0)
-    os.close(w)
-    with os.fdopen(r, 'rb') as back: data = back.read()
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    assert status == 0 and data, f'the process ended with {status}'
-    res = pickle.loads(data)
-    assert not isinstance(res, str), res
-    return res
+pytestmark = pytest.mark.slow
 
 # ---- states
 
@@ -56,27 +63,34 @@ SOURCES = { # who saved it, and who reads it
     'torch AdamW':    (partial(of, torch.optim.AdamW, **both), [RAdam, decoupled]),
     'authors':        (authors, [as_author, decoupled]),
 }
-PAIRS = {f'{name} into {getattr(t, "func", t).__module__.split(".")[-1]} {i}': (make, t) for name,(make,ts) in SOURCES.items() for i,t in enumerate(ts)}
+PAIRS = {f'{name} into {getattr(t, "func", t).__module__.split(".")[-1]} {i}': (make, t) for name,(make,ts) in SOURCES.items()
+         for i,t in enumerate(ts)}
 
 @lru_cache(maxsize=None)
 def valid(make): return make()
 
+ADAMS = 'lr','mom','sqr_mom','eps','wd','beta'
+
 def says(sd):
-    "Step count and averages of each parameter (`None` without), and hyper-parameters of each group, read from `sd` with no help from the package"
+    "Step count and averages of each parameter (`None` without), and hyper-parameters of each group, as they stand in `sd`"
     if 'param_groups' in sd:
         states = [sd['state'].get(i, {}) for g in sd['param_groups'] for i in g['params']]
-        hypers = [dict(lr=g['lr'], mom=g['betas'][0], sqr_mom=g['betas'][1], eps=g['eps'], wd=g['weight_decay']) for g in sd['param_groups']]
+        hypers = [dict(lr=g['lr'], mom=g['betas'][0], sqr_mom=g['betas'][1], eps=g['eps'], wd=g['weight_decay'])
+                  for g in sd['param_groups']]
     else: states,hypers = sd['state'],sd['hypers']
     m,v = ('exp_avg', 'exp_avg_sq') if 'param_groups' in sd else ('grad_avg', 'sqr_avg')
-    return [(int(s['step']), s[m].detach().double(), s[v].detach().double()) if m in s else None for s in states], [{k: float(x) for k,x in h.items()} for h in hypers], states
+    hypers = [{k: float(h[k]) for k in ADAMS if k in h} for h in hypers] # what else there is belongs to the user
+    return [(int(s['step']), s[m].detach().double(), s[v].detach().double()) if m in s else None for s in states], hypers, states
 
 def rules(opt, sd):
     "The settings under which each group goes on"
     if not is_torch(type(opt)):
         s = opt.settings
-        return [dict(decouple_wd=s['decouple_wd'], eps_debiased=s['eps_debiased'], sgd_phase=s['sgd_phase'], maximize=s['maximize'])]*len(opt.hypers)
+        return [dict(decouple_wd=s['decouple_wd'], eps_debiased=s['eps_debiased'], sgd_phase=s['sgd_phase'],
+                     maximize=s['maximize'])]*len(opt.hypers)
     groups = sd.get('param_groups', opt.param_groups)
-    return [dict(decouple_wd=g.get('decoupled_weight_decay', 'buffer' in g or opt.defaults['decoupled_weight_decay']), maximize=g.get('maximize', False),
+    return [dict(decouple_wd=g.get('decoupled_weight_decay', 'buffer' in g or opt.defaults['decoupled_weight_decay']),
+                 maximize=g.get('maximize', False),
                  eps_debiased=False) for g in groups]
 
 def assert_says(opt, sd):
@@ -91,13 +105,16 @@ def assert_says(opt, sd):
         assert {k: float(mine[k]) for k in h} == h
     if 'count' in sd:
         assert opt.count == sd['count'] and (opt.slow_weights is None) == (sd['slow_weights'] is None)
-        if opt.slow_weights: assert identical([[o.double() for o in pg] for pg in opt.slow_weights], [[o.detach().double() for o in pg] for pg in sd['slow_weights']])
+        if opt.slow_weights:
+            assert identical([[o.double() for o in pg] for pg in opt.slow_weights],
+                             [[o.detach().double() for o in pg] for pg in sd['slow_weights']])
     per_group = [(h, r) for h,r,pg in zip(hypers, rules(opt, sd), param_lists(opt)) for _ in pg]
     ps,ss = [p.detach().clone() for p in params_of(opt)],[dict(zip('tmv', s)) if s else {} for s in states]
     lookahead = isinstance(opt, Ranger)
     for t in (0, 1):
         if lookahead and (opt.count+1)%opt.k == 0: break # the step that moves the slow weights is test_checkpoint's
-        ps = [plain_step(p, numbers(p.shape, 1000+100*t+i), s, **{**h, 'wd': h['wd']*(r.get('do_wd', True))}, **rule) for i,(p,s,(h,rule),r) in enumerate(zip(ps, ss, per_group, raw))]
+        ps = [plain_step(p, numbers(p.shape, 1000+100*t+i), s, **{**h, 'wd': h['wd']*(r.get('do_wd', True))}, **rule)
+              for i,(p,s,(h,rule),r) in enumerate(zip(ps, ss, per_group, raw))]
         run(opt, [t])
     for p,q in zip(params_of(opt), ps): torch.testing.assert_close(p.detach(), q, rtol=1e-6, atol=1e-9, equal_nan=True)
 
@@ -151,10 +168,12 @@ TRAPS = { # what a careless reader would take: into fastai's kind of state, or t
     'a state of nobody':            (TorchRAdam, ('state', 9), {}, 'state for 9, which none of its groups has'),
     'a parameter twice':            (TorchRAdam, ('param_groups', 1, 'params'), [2, 0], 'name a parameter twice'),
     'a third beta':                 (TorchRAdam, ('param_groups', 0, 'betas'), (.9, .99, .5), 'group 0.*betas must be two numbers, got 3'),
-    'text that means yes':          (TorchRAdam, ('param_groups', 0, 'decoupled_weight_decay'), 'no', 'group 0.*decoupled_weight_decay must be a bool, got str'),
+    'text that means yes':          (TorchRAdam, ('param_groups', 0, 'decoupled_weight_decay'), 'no',
+                                     'group 0.*decoupled_weight_decay must be a bool, got str'),
     'a number as text':             (RAdam, ('hypers', 0, 'lr'), '0.1', "group 0.*lr must be a number, got str '0.1'"),
     'an empty list of slow weights': (Ranger, ('slow_weights',), [[], []], 'slow_weights .*shapes'),
-    'a slow weight of nan':         (Ranger, ('slow_weights', 0, 1), torch.full((5,), float('nan')), 'parameter 1.*slow_weights in the checkpoint has nan'),
+    'a slow weight of nan':         (Ranger, ('slow_weights', 0, 1), torch.full((5,), float('nan')),
+                                     'parameter 1.*slow_weights in the checkpoint has nan'),
 }
 
 @pytest.mark.parametrize('name', TRAPS)
@@ -191,9 +210,10 @@ def held(learn): return copy.deepcopy((dict(learn.model.state_dict()), learn.opt
 
 def plainly(path):
     "What PyTorch reads from a file, without code from it"
-    from fastcore.foundation import L
     import numpy as np
-    with torch.serialization.safe_globals([L, np._core.multiarray.scalar, np.dtype, np.dtypes.Float64DType]): return torch.load(path, weights_only=True)
+    from fastcore.foundation import L
+    with torch.serialization.safe_globals([L, np._core.multiarray.scalar, np.dtype, np.dtypes.Float64DType]):
+        return torch.load(path, weights_only=True)
 
 def assert_loaded(learn, sd):
     "`learn` holds what `sd` says"
@@ -207,7 +227,8 @@ def assert_loaded(learn, sd):
         m,v = (s.get(a, s.get(b)) for a,b in (('grad_avg', 'exp_avg'), ('sqr_avg', 'exp_avg_sq')))
         assert (m is None) == (want is None)
         if want: assert s['step'] == want[0] and identical([m, v], [w.to(m.dtype) for w in want[1:]])
-    for h,want in zip(learn.opt.hypers, hypers, strict=True): assert {k: float(h[k]) for k in want if k in h} == {k: v for k,v in want.items() if k in h}
+    for h,want in zip(learn.opt.hypers, hypers, strict=True):
+        assert {k: float(h[k]) for k in want if k in h} == {k: v for k,v in want.items() if k in h}
 
 def change(data, rng):
     "The file of someone who changed one value, key or tensor before saving, and what"
@@ -248,7 +269,7 @@ def held_by(good):
 def test_files(name, spoil, tmp_path):
     "Cut, turned and shuffled bytes; the same inside an archive whose checksums are right; and other values in a sound file"
     def tries(): return [try_file(name, seed, tmp_path/'a.pth', spoil) for seed in range(100 if FULL else 10)]
-    for res in in_child(tries): tally[f'checkpoint files, {spoil.__name__}d', res] += 1
+    for res in result_of(tries): tally[f'checkpoint files, {spoil.__name__}d', res] += 1
 
 # ---- files that run code
 
@@ -339,7 +360,8 @@ def try_about(state, path, about):
     save_checkpoint(path, state)
     try:
         _,_,found = plan_run(ASKED, path.parent, [], True)
-        json.dumps(finish({**found['about'], 'sittings': [*found['about']['sittings'], sitting(2)]}, *(found[k] for k in RECORDED)), default=str)
+        json.dumps(finish({**found['about'], 'sittings': [*found['about']['sittings'], sitting(2)]}, *(found[k] for k in RECORDED)),
+                   default=str)
     except RecipeError as e:
         assert len(str(e).splitlines()) == 1, f'{about}: {e}'
         return 'refused'
@@ -358,8 +380,10 @@ RECIPE_TRAPS = { # what was done to the state, and what is said of the file
     'half a smoothed loss':     (lambda s: s['smooth_loss'].pop(), 'its loss is no number'),
     'a loss scale':             (lambda s: s.update(scaler=dict(scale=2.)), 'has the loss scale of another precision'),
     'a model that is a list':   (lambda s: s.update(model=[1]), 'its model is a list'),
-    'a weight of nan':          (lambda s: s['model']['1.1.bias'].fill_(float('nan')), 'does not fit the model or the optimizer: 1.1.bias has nan or inf'),
-    'an average of nan':        (lambda s: s['opt']['state'][0]['sqr_avg'].fill_(float('nan')), 'does not fit the model or the optimizer: .*parameter 0.*sqr_avg .*nan or inf'),
+    'a weight of nan':          (lambda s: s['model']['1.1.bias'].fill_(float('nan')),
+                                 'does not fit the model or the optimizer: 1.1.bias has nan or inf'),
+    'an average of nan':        (lambda s: s['opt']['state'][0]['sqr_avg'].fill_(float('nan')),
+                                 'does not fit the model or the optimizer: .*parameter 0.*sqr_avg .*nan or inf'),
 }
 
 @pytest.mark.parametrize('opt', ['RAdam', 'adam'])

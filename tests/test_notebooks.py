@@ -1,6 +1,14 @@
-"""The notebooks are the source: the modules and README.md are exactly what they give."""
-import builtins, os, re, runpy, shutil, subprocess, sys
+"""The notebooks are the source: the modules and README.md are exactly what they give; modules stand on floors."""
+import ast
+import builtins
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
 from configparser import ConfigParser
+from importlib.util import resolve_name
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -36,7 +44,7 @@ def test_modules_match_notebooks(copy):
         if p != lib/'__init__.py': p.unlink() # else a module whose notebook is gone would stay unseen
     run('nbdev-export', copy)
     diff = differing(files(root/'radam_fastai', '*.py'), files(lib, '*.py'))
-    assert not diff, f'radam_fastai/ is not what the notebooks give, in {diff}: run `make export` after editing the notebooks, and delete what has none'
+    assert not diff, f'not what the notebooks give: {diff}: run `make export`, and delete a module that has no notebook'
 
 def test_notebooks_are_clean(copy):
     before = files(copy/'nbs', '*.ipynb')
@@ -56,6 +64,26 @@ def test_readme_links_exist():
     links = re.findall(r'\]\(([^\s()#]+)', (root/'README.md').read_text())
     missing = [l for l in links if '://' not in l and not (root/l).exists()]
     assert not missing, f'README.md links to files that are not there: {missing}: mend nbs/index.ipynb and run `make readme`'
+
+FLOORS = [range(1), [1, *range(20, 30)], range(2, 10), range(10, 20), range(30, 50), range(50, 70), range(90, 100)] # numbers of notebooks
+modules = {p: int(m[1]) for p in sorted((root/'radam_fastai').rglob('*.py')) # by the number of their notebook
+           if (m := re.search(r'File to edit: .*/(\d\d)_', p.read_text()))}
+
+def imported(path):
+    "The modules of the package that a module imports"
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.ImportFrom): continue
+        name = '.'*node.level + (node.module or '')
+        parts = resolve_name(name, '.'.join(path.relative_to(root).parent.parts)).split('.')
+        for p in [root.joinpath(*parts), *(root.joinpath(*parts, o.name) for o in node.names)]:
+            if p.with_suffix('.py') in modules: yield p.with_suffix('.py')
+
+@pytest.mark.parametrize('path', modules, ids=lambda p: p.relative_to(root/'radam_fastai').as_posix())
+def test_modules_import_from_floors_below(path):
+    def floor(p): return next(i for i,notebooks in enumerate(FLOORS) if modules[p] in notebooks)
+    def may(p): return floor(p) < floor(path) or floor(p) == floor(path) and p.parent == path.parent
+    wrong = [p.name for p in imported(path) if not may(p)]
+    assert not wrong, f'{path.name} imports from {wrong}: see "How it is built" in CONTRIBUTING.md'
 
 @pytest.mark.parametrize('path', tutorials, ids=lambda p: p.stem)
 def test_tutorials_open_in_colab(path):

@@ -1,19 +1,22 @@
-"""Where numbers end: inf, NaN, huge and denormal gradients, thousands of zeros, ten million steps, β2 next to 1. The result is the plain loop's, or a clear error."""
-import io, math
+"""Where numbers end: inf, NaN, huge and denormal gradients, thousands of zeros, ten million steps, β2 next to 1.
+
+The result is the plain loop's, or a clear error."""
+import math
 from decimal import Decimal, localcontext
 from functools import partial
 
-import pytest, torch
+import pytest
+import torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
+from helpers import plain_adam, plain_sgd, plain_step
+from radam_fastai.baselines import SGD, Adam, Adam2kFn, AdamLinearFn
 from radam_fastai.optimizer import RAdam, Ranger
-from radam_fastai.torch_optim import RAdam as TorchRAdam, RAdamWrapper
-from radam_fastai.baselines import Adam, Adam2kFn, AdamExponentialFn, AdamLinearFn, SGD
 from radam_fastai.rectify import rectification, rho, rho_inf
-from reference import plain_step
-from test_warmup import plain_adam, plain_sgd
+from radam_fastai.torch_optim import RAdam as TorchRAdam, RAdamWrapper
 
+pytestmark = pytest.mark.slow
 f64,f32,bf16 = torch.float64,torch.float32,torch.bfloat16
 inf,nan = math.inf,math.nan
 
@@ -36,14 +39,16 @@ OPTS = { # each optimizer, and one update of its definition
     'torch, loop': (partial(torch_kind, TorchRAdam, foreach=False), eps_first),
     'wrapper':     (partial(torch_kind, RAdamWrapper), eps_first),
     'Adam':        (partial(ours, Adam), plain_adam),
-    'Adam, linear': (lambda ps, **kw: ours(AdamLinearFn, ps, **kw), lambda p, g, s, **kw: plain_adam(p, g, s, factor=lambda t: min(1., (1-kw['sqr_mom'])/2*t), **kw)),
+    'Adam, linear': (lambda ps, **kw: ours(AdamLinearFn, ps, **kw),
+                     lambda p, g, s, **kw: plain_adam(p, g, s, factor=lambda t: min(1., (1-kw['sqr_mom'])/2*t), **kw)),
     'Adam-2k':     (partial(ours, partial(Adam2kFn, n_steps=4)), partial(plain_adam, n=4)),
     'SGD':         (sgd, plain_sgd_)}
 HYPERS = dict(lr=.01, mom=.9, sqr_mom=.99, eps=1e-5, wd=0.)
 each = pytest.mark.parametrize('name', OPTS)
 
 def start(dtype=f64, n=6): return torch.linspace(.5, 1.5, n, dtype=f64).to(dtype)
-def grads(n, dtype=f64, size=6): return [torch.randn(size, generator=torch.Generator().manual_seed(t), dtype=f64).to(dtype) for t in range(n)]
+def grads(n, dtype=f64, size=6):
+    return [torch.randn(size, generator=torch.Generator().manual_seed(t), dtype=f64).to(dtype) for t in range(n)]
 
 def drive(name, gs, dtype=f64, **hypers):
     "The parameter after each gradient, and the optimizer"
@@ -94,7 +99,8 @@ def test_a_gradient_that_is_not_finite(name, dtype, bad, when):
 def test_as_in_pytorchs_kernel(bad):
     "In the adaptive phase the element becomes what torch's AdamW makes of it, in the same update"
     ps = [nn.Parameter(start(f32)) for _ in 'ab']
-    a,b = Adam([ps[0]], lr=.01, mom=.9, sqr_mom=.99, eps=1e-5, wd=.1),torch.optim.AdamW([ps[1]], lr=.01, betas=(.9,.99), eps=1e-5, weight_decay=.1, fused=True)
+    a,b = Adam([ps[0]], lr=.01, mom=.9, sqr_mom=.99, eps=1e-5, wd=.1),torch.optim.AdamW([ps[1]], lr=.01, betas=(.9,.99), eps=1e-5,
+                                                                                        weight_decay=.1, fused=True)
     for t,g in enumerate(grads(12, f32)):
         if t == 7: g[2] = bad
         for p,o in zip(ps, (a, b)):
@@ -118,13 +124,14 @@ def test_ranger(k):
 
 # ---- huge and tiny
 
-sizes = {f64: [1e-310, 1e-200, 1e100, 1e200, 1e300], f32: [1e-44, 1e-40, 1e-30, 1e-20, 1e18, 1e21, 1e30, 1e37], bf16: [1e-40, 1e-30, 1e18, 1e30]}
+sizes = {f64: [1e-310, 1e-200, 1e100, 1e200, 1e300], f32: [1e-44, 1e-40, 1e-30, 1e-20, 1e18, 1e21, 1e30, 1e37],
+         bf16: [1e-40, 1e-30, 1e18, 1e30]}
 
 @each
 @pytest.mark.parametrize('eps', [1e-5, 0.])
 @pytest.mark.parametrize('dtype,size', [(d, s) for d,ss in sizes.items() for s in ss], ids=str)
 def test_huge_and_denormal_gradients(name, dtype, size, eps):
-    "What the definition gives in the parameter's own dtype, whose squares may overflow (the element then stands still) or vanish (with eps 0 it is lost)"
+    "What the definition gives in the parameter's dtype: squares may overflow (the element stands still) or vanish (with eps 0 it is lost)"
     gs = [g*torch.tensor([1.]*3 + [size]*3, dtype=dtype) for g in grads(16, dtype)]
     got,opt = drive(name, gs, dtype, eps=eps)
     want = plain(name, gs, dtype, eps=eps)
@@ -263,7 +270,8 @@ def test_lr_of_zero(name):
     assert all(map(torch.equal, averages(a[1]), averages(b[1])))
 
 @each
-@pytest.mark.parametrize('hypers', [dict(sqr_mom=0.), dict(mom=0.), dict(mom=0., sqr_mom=0.), dict(eps=0.), dict(eps=1e30), dict(lr=1e30), dict(mom=math.nextafter(1, 0)), dict(sqr_mom=0., eps=0.)], ids=str)
+@pytest.mark.parametrize('hypers', [dict(sqr_mom=0.), dict(mom=0.), dict(mom=0., sqr_mom=0.), dict(eps=0.), dict(eps=1e30), dict(lr=1e30),
+                                    dict(mom=math.nextafter(1, 0)), dict(sqr_mom=0., eps=0.)], ids=str)
 def test_ends_of_the_ranges(name, hypers):
     agree(drive(name, grads(20), **hypers)[0], plain(name, grads(20), **hypers), 1e-9)
 
@@ -271,7 +279,8 @@ def test_ends_of_the_ranges(name, hypers):
 
 values = st.sampled_from([0., 1., -2., .3, 1e-310, 1e-160, 1e-100, -1e-30, 1e30, -1e100, 1e200, inf, -inf, nan])
 hypers = st.fixed_dictionaries(dict(lr=st.sampled_from([0., 1e-12, .01, 1., 1e10]), mom=st.sampled_from([0., .3, .9, .999, 1-1e-9]),
-    sqr_mom=st.sampled_from([0., .5, .7, .99, .9999, 1-1e-7]), eps=st.sampled_from([0., 1e-30, 1e-8, 1., 1e20]), wd=st.sampled_from([0., .1, 1e5])))
+    sqr_mom=st.sampled_from([0., .5, .7, .99, .9999, 1-1e-7]), eps=st.sampled_from([0., 1e-30, 1e-8, 1., 1e20]),
+    wd=st.sampled_from([0., .1, 1e5])))
 
 @each
 @settings(max_examples=25, deadline=None, derandomize=True)

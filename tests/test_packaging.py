@@ -1,5 +1,7 @@
 """The package's facts agree wherever they are written, and it builds and installs."""
-import subprocess, sys, zipfile
+import subprocess
+import sys
+import zipfile
 from configparser import ConfigParser
 from importlib import import_module
 from pathlib import Path
@@ -9,9 +11,9 @@ import pytest
 
 import radam_fastai
 
-if sys.version_info >= (3, 11): import tomllib
-else: import tomli as tomllib
+tomllib = import_module('tomllib' if sys.version_info >= (3, 11) else 'tomli')
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group('packaging')]
 root = Path(__file__).resolve().parent.parent
 
 def ini(name):
@@ -57,7 +59,8 @@ def wheel(tmp_path_factory):
     "A wheel built from the sdist of a copy of the project, so that both are complete"
     pytest.importorskip('build')
     src = tmp_path_factory.mktemp('build')/'src'
-    copytree(root, src, ignore=ignore_patterns('.git', '.venv', '__pycache__', '.ipynb_checkpoints', 'runs', 'build', 'dist', '_docs', '*.egg-info'))
+    copytree(root, src, ignore=ignore_patterns('.git', '.venv', '__pycache__', '.ipynb_checkpoints', 'runs', 'build', 'dist', '_docs',
+                                               '*.egg-info'))
     res = subprocess.run([sys.executable, '-m', 'build', '--no-isolation', '-o', src/'dist', src], capture_output=True, text=True)
     assert res.returncode == 0, res.stdout + res.stderr
     assert (src/'dist'/f'radam_fastai-{radam_fastai.__version__}.tar.gz').exists()

@@ -1,16 +1,17 @@
 """Hundreds of steps beside exact numbers, the paper's algorithm in float64, fastai, PyTorch and the other implementations."""
 import csv
-from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 
-import fastai.optimizer as fo, pytest, torch
+import fastai.optimizer as fo
+import pytest
+import torch
 from torch import nn
 
-from radam_fastai.functional import radam_step_
+from helpers import compare, drive, params, plain, plain_step
+from radam_fastai.functional import radam_reference, radam_step_
 from radam_fastai.optimizer import RAdam, Ranger, reference_settings
 from radam_fastai.torch_optim import RAdam as TorchRAdam
-from reference import plain_step, rel_err
 
 # ---- exact numbers
 
@@ -27,57 +28,35 @@ def test_oracle(name, fused):
     p,m,v = (torch.full((1,), x, dtype=torch.float64) for x in (.5, 0., 0.))
     for row in settings[name]:
         radam_step_([p], [torch.tensor([float(row['grad'])], dtype=torch.float64)], [m], [v], int(row['step']), fused=fused, **hypers)
-        for got,key in ((p, 'param'), (m, 'grad_avg'), (v, 'sqr_avg')): assert got.item() == pytest.approx(float(row[key]), rel=1e-12, abs=1e-18), key
+        for got,key in ((p, 'param'), (m, 'grad_avg'), (v, 'sqr_avg')):
+            assert got.item() == pytest.approx(float(row[key]), rel=1e-12, abs=1e-18), key
+
+@pytest.mark.parametrize('name', ['fastai', 'paper'])
+def test_the_algorithm_is_the_oracles(name):
+    "As it is written down, and with the paper's defaults"
+    first = settings[name][0]
+    hypers = {k: float(first[k]) for k in ('lr', 'mom', 'sqr_mom', 'eps', 'wd', 'threshold')}
+    assert (first['decouple_wd'], first['eps_debiased'], first['sgd_phase']) == ('True', 'True', 'momentum')
+    if name == 'paper': hypers = {k: hypers[k] for k in ('lr', 'wd')}
+    p,m,v = (torch.full((1,), x, dtype=torch.float64) for x in (.5, 0., 0.))
+    for row in settings[name]:
+        p,m,v = radam_reference(p, torch.tensor([float(row['grad'])], dtype=torch.float64), m, v, int(row['step']), **hypers)
+        for got,key in ((p, 'param'), (m, 'grad_avg'), (v, 'sqr_avg')):
+            assert got.item() == pytest.approx(float(row[key]), rel=1e-9, abs=1e-18), key
 
 @pytest.mark.parametrize('name', ['fastai', 'torch', 'author', 'paper'])
 def test_reference_settings_are_the_oracles(name):
     first,ours = settings[name][0],reference_settings[name]
-    assert {k: float(first[k]) for k in ('mom', 'sqr_mom', 'eps', 'threshold')} == {k: ours[k] for k in ('mom', 'sqr_mom', 'eps', 'threshold')}
-    assert (first['decouple_wd'], first['eps_debiased'], first['sgd_phase']) == (str(ours['decouple_wd']), str(ours['eps_debiased']), ours['sgd_phase'])
+    assert {k: float(first[k]) for k in ('mom', 'sqr_mom', 'eps', 'threshold')} == {k: ours[k]
+                                                                                    for k in ('mom', 'sqr_mom', 'eps', 'threshold')}
+    assert (first['decouple_wd'], first['eps_debiased'], first['sgd_phase']) == (str(ours['decouple_wd']), str(ours['eps_debiased']),
+                                                                                 ours['sgd_phase'])
 
 # ---- trajectories
 
-shapes = [(5, 7), (7,), (4, 3, 3, 3), (), (0, 3), (64, 2)]
-
-@lru_cache(maxsize=None)
-def normals(seed, dtype):
-    g = torch.Generator().manual_seed(seed)
-    return [torch.randn(s, generator=g, dtype=torch.float64).to(dtype) for s in shapes]
-
-def tensors(dtype, seed=0): return [t.clone() for t in normals(seed, dtype)]
-
-def scheduled(t, n):
-    "Something like one-cycle: both lr and mom move"
-    return dict(lr=.01*(1-.9*t/n), mom=.95-.1*t/n)
-
-def has_grad(i, t):
-    "The last two parameters join after 40 steps, and one misses every seventh"
-    return (i < len(shapes)-2 or t > 40) and not (i == 1 and t%7 == 0)
-
-def drive(opt, ps, n=300, sched=True, gaps=True, set_hypers=None):
-    "Steps `opt` over seeded gradients, with moving hypers if `sched` and missing gradients if `gaps`"
-    for t in range(1, n+1):
-        if sched: (set_hypers or opt.set_hypers)(**scheduled(t, n))
-        for i,(p,g) in enumerate(zip(ps, tensors(ps[0].dtype, seed=t))):
-            p.grad = g if has_grad(i, t) or not gaps else None
-        opt.step()
-    return ps
-
-def plain(n=300, sched=True, dtype=torch.float64, **kw):
-    "What `drive` does, by the plain reading in float64 (of gradients rounded to `dtype`)"
-    ps,states = [p.double() for p in tensors(dtype)],[{} for _ in shapes]
-    for t in range(1, n+1):
-        hypers = {**kw, **(scheduled(t, n) if sched else {})}
-        for i,g in enumerate(tensors(dtype, seed=t)):
-            if has_grad(i, t): ps[i] = plain_step(ps[i], g.double(), states[i], **hypers)
-    return ps
-
-def params(dtype=torch.float32): return [nn.Parameter(p) for p in tensors(dtype)]
-def compare(xs, ys, tol):
-    for x,y in zip(xs, ys): assert rel_err(x, y) < tol
-
 base = dict(lr=.01, mom=.9, sqr_mom=.99, eps=1e-5, wd=.1)
-variants = [{}, dict(sqr_mom=.9), dict(sqr_mom=.999), dict(sqr_mom=.6), dict(decouple_wd=False), dict(maximize=True), dict(beta=2.), dict(eps_debiased=False),
+variants = [{}, dict(sqr_mom=.9), dict(sqr_mom=.999), dict(sqr_mom=.6), dict(decouple_wd=False), dict(maximize=True), dict(beta=2.),
+            dict(eps_debiased=False),
             dict(threshold=4), dict(sgd_phase='skip'), dict(eps=0.), dict(mom=0.), dict(eps=1e-2, eps_debiased=False, decouple_wd=False)]
 ids = lambda v: '-'.join(f'{k}={x}' for k,x in v.items()) or 'base'
 
@@ -86,28 +65,31 @@ ids = lambda v: '-'.join(f'{k}={x}' for k,x in v.items()) or 'base'
 def test_algorithm_2(variant, dtype, tol):
     kw = {**base, **variant}
     sched = 'mom' not in variant
-    compare(drive(RAdam(ps := params(dtype), **kw), ps, sched=sched), plain(sched=sched, dtype=dtype, **kw), tol)
+    compare(drive(RAdam(ps := params(dtype), **kw), ps, sched=sched), plain(plain_step, sched=sched, dtype=dtype, **kw), tol)
 
 @pytest.mark.parametrize('dtype,tol', [(torch.bfloat16, .1), (torch.float16, 2e-2)])
 def test_algorithm_2_in_half_precision(dtype, tol):
     "No more than the parameters' own rounding, step after step"
-    compare(drive(RAdam(ps := params(dtype), **base), ps, n=60), plain(n=60, dtype=dtype, **base), tol)
+    compare(drive(RAdam(ps := params(dtype), **base), ps, n=60), plain(plain_step, n=60, dtype=dtype, **base), tol)
 
 @pytest.mark.parametrize('dtype,tol', [(torch.float64, 1e-12), (torch.float32, 1e-6)])
-@pytest.mark.parametrize('variant', [{}, dict(sqr_mom=.9), dict(sqr_mom=.999), dict(sqr_mom=.5), dict(decouple_wd=False), dict(beta=2.), dict(eps=0., wd=0.)], ids=ids)
+@pytest.mark.parametrize('variant', [{}, dict(sqr_mom=.9), dict(sqr_mom=.999), dict(sqr_mom=.5), dict(decouple_wd=False), dict(beta=2.),
+                                     dict(eps=0., wd=0.)], ids=ids)
 def test_fastai_radam(variant, dtype, tol):
     kw = {**base, **variant}
     compare(drive(RAdam(a := params(dtype), **kw), a), drive(fo.RAdam(b := params(dtype), **kw), b), tol)
 
 @pytest.mark.parametrize('dtype,tol', [(torch.float64, 1e-12), (torch.float32, 1e-6)])
-@pytest.mark.parametrize('variant', [{}, dict(k=1), dict(k=5, alpha=.8), dict(alpha=0.), dict(alpha=1.), dict(sqr_mom=.999, decouple_wd=False)], ids=ids)
+@pytest.mark.parametrize('variant', [{}, dict(k=1), dict(k=5, alpha=.8), dict(alpha=0.), dict(alpha=1.),
+                                     dict(sqr_mom=.999, decouple_wd=False)], ids=ids)
 def test_fastai_ranger(variant, dtype, tol):
     kw = dict(lr=.01, wd=.1, **variant)
     compare(drive(Ranger(a := params(dtype), **kw), a), drive(fo.ranger(b := params(dtype), **kw), b), tol)
 
 @pytest.mark.parametrize('dtype,tol', [(torch.float64, 1e-12), (torch.float32, 1e-6)])
 @pytest.mark.parametrize('foreach', [None, True, False])
-@pytest.mark.parametrize('variant', [{}, dict(betas=(.8, .9)), dict(betas=(.9, .99)), dict(betas=(.9, .5)), dict(weight_decay=.1), dict(weight_decay=.1, decoupled_weight_decay=True),
+@pytest.mark.parametrize('variant', [{}, dict(betas=(.8, .9)), dict(betas=(.9, .99)), dict(betas=(.9, .5)), dict(weight_decay=.1),
+                                     dict(weight_decay=.1, decoupled_weight_decay=True),
                                      dict(maximize=True), dict(eps=1e-3)], ids=ids)
 def test_torch_radam(variant, foreach, dtype, tol):
     def run(cls, **kw):
@@ -127,7 +109,8 @@ def test_reference_optimi(wd):
     optimi = pytest.importorskip('optimi', reason='pip install radam_fastai[bench]')
     kw = dict(lr=.01, **{**reference_settings['optimi'], 'wd': wd})
     ours = drive(RAdam(a := params(torch.float64), **kw), a, sched=False, gaps=False) # optimi counts steps per group
-    compare(ours, drive(optimi.RAdam(b := params(torch.float64), lr=.01, betas=(.9, .99), eps=1e-6, weight_decay=wd, foreach=False, triton=False), b, sched=False, gaps=False), 1e-12)
+    compare(ours, drive(optimi.RAdam(b := params(torch.float64), lr=.01, betas=(.9, .99), eps=1e-6, weight_decay=wd, foreach=False,
+                                     triton=False), b, sched=False, gaps=False), 1e-12)
 
 @pytest.mark.parametrize('wd', [0., .1])
 def test_reference_author(wd):

@@ -1,20 +1,28 @@
 """The commands: what they leave behind, that options take effect, and that wrong ones are refused before anything is trained."""
-import json, os, random, subprocess, sys
+import json
+import os
+import random
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
-import pandas as pd, pytest, torch
+import pandas as pd
+import pytest
+import torch
 from fastai.layers import AvgPool
 from PIL import Image
 
+from helpers import MODULES
 from radam_fastai import __version__
-from conftest import MODULES
 from radam_fastai.experiments import main as experiment
 from radam_fastai.recipes import demo, imagenette, jobs, precision
-from radam_fastai.recipes.presets import COMMON, PRESETS, published, resolve
-from radam_fastai.recipes.report import report, terminal_table
 from radam_fastai.recipes.cli import OptionError, RecipeError
+from radam_fastai.recipes.presets import COMMON, PRESETS, published, resolve
 from radam_fastai.recipes.records import read_records
+from radam_fastai.recipes.report import report, terminal_table
+
+pytestmark = pytest.mark.slow
 
 root = Path(__file__).resolve().parent.parent
 small = '--arch xresnet18 --size 32 --bs 16 --epochs 1 --workers 0'.split()
@@ -48,7 +56,8 @@ def test_imagenette(cli, tiny, images, tmp_path, monkeypatch):
     recs = read_records(tmp_path/'records.jsonl')
     assert [r['seed'] for r in recs] == [42,43]
     for r,learn in zip(recs, kept):
-        assert {k: r['data'][k] for k in ('name','size','classes','train','valid')} == dict(name=images.name, size=32, classes=10, train=40, valid=20)
+        assert {k: r['data'][k] for k in ('name','size','classes','train',
+                                          'valid')} == dict(name=images.name, size=32, classes=10, train=40, valid=20)
         with learn.no_bar(),learn.no_logging(): loss,acc,top5 = learn.validate()
         last = r['epochs'][-1]
         assert (last['valid_loss'], last['accuracy'], last['top_k_accuracy']) == pytest.approx((loss, acc, top5))
@@ -92,7 +101,8 @@ def test_presets_are_what_was_published(monkeypatch, images, preset, tmp_path):
     assert learn.dls.bs == (32 if preset in ('radam','leaderboard-2020-10') else 64) and run.options['size'] == 128
     assert run.options['fp16'] is torch.cuda.is_available() # without a GPU in single precision, and the record says so
 
-V1 = {'article':.86, 'article-record':.846, 'over9000-v1-adam':.8494, 'over9000-v1-radam':.8444, 'over9000-v1-ranger':.8594, 'ranger-mish-2019-09':.8948}
+V1 = {'article':.86, 'article-record':.846, 'over9000-v1-adam':.8494, 'over9000-v1-radam':.8444, 'over9000-v1-ranger':.8594,
+      'ranger-mish-2019-09':.8948}
 V2 = {'over9000-adam':.7784, 'over9000-radam':.7696, 'over9000-ranger':.7844, 'fastai-2020-01':.8471, 'leaderboard-2020-10':.8743}
 
 def test_published_figures_stand_with_their_split():
@@ -107,10 +117,12 @@ def test_bf16_does_not_change_what_a_run_is(monkeypatch, images, tmp_path):
 
 @pytest.mark.filterwarnings('ignore:this cpu has no instructions')
 def test_fast_takes_what_the_machine_has(cli, monkeypatch, images, tmp_path, capsys):
-    for has,given,bf16 in [(True, {}, True), (False, {}, False), (True, dict(bf16=False), False), (False, dict(bf16=True), True)]: # asked for, so kept
+    # asked for, so kept
+    for has,given,bf16 in [(True, {}, True), (False, {}, False), (True, dict(bf16=False), False), (False, dict(bf16=True), True)]:
         monkeypatch.setattr(precision, 'has_bf16', lambda device: has)
         run = asked(monkeypatch, images, preset='over9000-radam', out=tmp_path, fast=True, **given)
-        assert {k: run.options[k] for k in ('channels_last','bf16','fp16','compile')} == dict(channels_last=True, bf16=bf16, fp16=False, compile=False)
+        assert {k: run.options[k] for k in ('channels_last','bf16','fp16',
+                                            'compile')} == dict(channels_last=True, bf16=bf16, fp16=False, compile=False)
         assert '--fast: channels-last' in capsys.readouterr().out
     assert asked(monkeypatch, images, preset='radam', out=tmp_path, fast=True).options['compile'] # Mish is many small operations
 
@@ -126,7 +138,8 @@ def test_published_figure_is_only_for_what_was_published(monkeypatch, images, tm
 @pytest.mark.parametrize('args,hypers', [
     ([], dict(mom=.9, sqr_mom=.99, eps=1e-6, wd=1e-4)),
     (['--preset','over9000-ranger'], dict(mom=.9, sqr_mom=.99, eps=1e-6, wd=.01)),
-    ('--opt adam --mom .8 --sqrmom .95 --eps 1e-4 --wd .1 --lr 1e-3 --sched one_cycle --div 5 --pct-start .5 --channels-last'.split(), dict(mom=.8, sqr_mom=.95, eps=1e-4, wd=.1)),
+    ('--opt adam --mom .8 --sqrmom .95 --eps 1e-4 --wd .1 --lr 1e-3 --sched one_cycle --div 5 --pct-start .5 --channels-last'.split(),
+     dict(mom=.8, sqr_mom=.95, eps=1e-4, wd=.1)),
     ('--beta 20 --sa 1 --sym 1 --act-fn ReLU --norm 0 --mixup .2 --sh .2 --smooth 0 --aug crop --pool AvgPool'.split(), dict(beta=20.))])
 def test_options_take_effect(cli, tiny, images, tmp_path, args, hypers):
     status,_,err = cli('imagenette', '--path', images, '--out', tmp_path, *small, *args)
@@ -137,13 +150,16 @@ def test_options_take_effect(cli, tiny, images, tmp_path, args, hypers):
     if 'one_cycle' in args: assert lrs[0] == pytest.approx(1e-3/5) and max(lrs) == pytest.approx(1e-3) and set(rec['steps']['mom']) == {.8}
     else: assert lrs[0] == max(lrs)
 
-@pytest.mark.parametrize('kw,finds', [(dict(sh=.3), 'RandomErasing'), (dict(norm=True), 'Normalize'), (dict(aug='crop'), 'RandomResizedCrop'), (dict(aug='resize'), 'Resize'), (dict(mixup=.4), 'MixUp'),
-    (dict(sa=True), 'SimpleSelfAttention'), (dict(act_fn='Mish'), 'Mish'), (dict(pool='MaxBlurPool'), 'BlurPool2d'), (dict(pool='AvgPool'), 'AvgPool2d')])
+@pytest.mark.parametrize('kw,finds', [(dict(sh=.3), 'RandomErasing'), (dict(norm=True), 'Normalize'),
+                                      (dict(aug='crop'), 'RandomResizedCrop'), (dict(aug='resize'), 'Resize'), (dict(mixup=.4), 'MixUp'),
+    (dict(sa=True), 'SimpleSelfAttention'), (dict(act_fn='Mish'), 'Mish'), (dict(pool='MaxBlurPool'), 'BlurPool2d'),
+    (dict(pool='AvgPool'), 'AvgPool2d')])
 def test_options_build(monkeypatch, tiny, images, tmp_path, kw, finds):
     off = dict(sa=False, act_fn='ReLU', pool='MaxPool', aug='crop' if kw.get('aug')=='resize' else 'resize', norm=False)
     def parts(**kw):
         learn = built(monkeypatch, images, out=tmp_path, arch='xresnet18', **{**off, **kw})[1]
-        return {type(o).__name__ for o in [*learn.dls.train.after_batch.fs, *learn.dls.train.after_item.fs, *learn.cbs, *learn.model.modules()]}
+        return {type(o).__name__ for o in [*learn.dls.train.after_batch.fs, *learn.dls.train.after_item.fs, *learn.cbs,
+                                           *learn.model.modules()]}
     assert finds in parts(**kw) and finds not in parts()
 
 def test_norm_and_bias_are_not_decayed(monkeypatch, images, tmp_path):
@@ -175,18 +191,26 @@ def test_dump(cli, images):
 
 def test_help(cli):
     _,out,_ = cli('imagenette', '--help')
-    for o in [*COMMON, 'preset','path','seed','workers','out','resume','n_items','compile','channels_last','woof','runs','dump','report','keep']: assert f"--{o.replace('_', '-')}" in out
+    for o in [*COMMON, 'preset','path','seed','workers','out','resume','n_items','compile','channels_last','woof','runs','dump','report',
+              'keep']: assert f"--{o.replace('_', '-')}" in out
     assert all(p in ''.join(out.split()) for p in PRESETS) # argparse may break a line after a dash
 
 # Options that cannot be used
 
-bad_demo = {'--epochs 0':'--epochs', '--bs 1':'--bs', '--bs 2000':'--bs', '--lr 0':'1e-08 to 10', '--lr nan':'--lr', '--seed -1':'0 to 2147483648'}
-bad_imagenette = {'--preset best':'over9000-radam', '--arch resnet50':'xse_resnext50', '--opt lion':'radam, ranger, adam', '--opt sgd --sqrmom .9':'sgd has none', '--opt sgd --eps 1e-3':'sgd has none', '--sched cosine':'flat_cos, one_cycle', '--aug mixup':'crop, resize',
-    '--act-fn GELU':'ReLU, Mish', '--pool Pool':'AvgPool, MaxPool, MaxBlurPool', '--size 8':'16 to 1024', '--size 100':'--size 100: xresnet50 with --pool MaxPool', '--bs 1':'2 to 4096',
-    '--bs 66':'at most 65', '--bs 32 --n-items 30':'at most 30', '--epochs 0':'1 to 1000', '--lr -1':'--lr', '--mom 1':'--mom', '--sqrmom 1':'--sqrmom', '--eps -1':'--eps',
-    '--wd -1':'--wd', '--smooth 1':'--smooth', '--mixup -1':'--mixup', '--sh 2':'--sh', '--beta -1':'--beta', '--pct-start 1':'--pct-start', '--n-items 9':'10 to 60', '--n-items 61':'10 to 60',
+bad_demo = {'--epochs 0':'--epochs', '--bs 1':'--bs', '--bs 2000':'--bs', '--lr 0':'1e-08 to 10', '--lr nan':'--lr',
+            '--seed -1':'0 to 2147483648'}
+bad_imagenette = {'--preset best':'over9000-radam', '--arch resnet50':'xse_resnext50', '--opt lion':'radam, ranger, adam',
+                  '--opt sgd --sqrmom .9':'sgd has none', '--opt sgd --eps 1e-3':'sgd has none', '--sched cosine':'flat_cos, one_cycle',
+                  '--aug mixup':'crop, resize',
+    '--act-fn GELU':'ReLU, Mish', '--pool Pool':'AvgPool, MaxPool, MaxBlurPool', '--size 8':'16 to 1024',
+    '--size 100':'--size 100: xresnet50 with --pool MaxPool', '--bs 1':'2 to 4096',
+    '--bs 66':'at most 65', '--bs 32 --n-items 30':'at most 30', '--epochs 0':'1 to 1000', '--lr -1':'--lr', '--mom 1':'--mom',
+    '--sqrmom 1':'--sqrmom', '--eps -1':'--eps',
+    '--wd -1':'--wd', '--smooth 1':'--smooth', '--mixup -1':'--mixup', '--sh 2':'--sh', '--beta -1':'--beta', '--pct-start 1':'--pct-start',
+    '--n-items 9':'10 to 60', '--n-items 61':'10 to 60',
     '--runs 0':'--runs', '--workers -1':'--workers', '--seed -1':'--seed', '--div 3':'flat_cos has none', '--sa 0 --sym 1':'--sym',
-    '--fp16 1 --bf16 1':'choose one', '--fp16 1':'needs a GPU', '--split v3':'v1, v2', '--split v1':"ImageNet's names", '--sched one_cycle --div 0':'--div', '--sched step --pct-start .5':'step has none'}
+    '--fp16 1 --bf16 1':'choose one', '--fp16 1':'needs a GPU', '--split v3':'v1, v2', '--split v1':"ImageNet's names",
+    '--sched one_cycle --div 0':'--div', '--sched step --pct-start .5':'step has none'}
 if torch.cuda.is_available(): bad_imagenette = {k: v for k,v in bad_imagenette.items() if v != 'needs a GPU'}
 
 def refuses(result, name, about):
@@ -239,11 +263,13 @@ def test_interrupted(cli, tiny, images, tmp_path, monkeypatch):
     status,_,err = cli('imagenette', '--path', images, '--out', tmp_path)
     assert (status, err) == (130, 'radam-imagenette: interrupted; --resume goes on from the last whole epoch\n')
 
-@pytest.mark.parametrize('command', [['imagenette','--path','nowhere'], ['experiment','nonsense'], ['demo','--epochs','0']], ids=lambda c: c[0])
+@pytest.mark.parametrize('command', [['imagenette','--path','nowhere'], ['experiment','nonsense'], ['demo','--epochs','0']],
+                         ids=lambda c: c[0])
 def test_exit_status_of_a_process(command):
     "And nothing but its own line, no warning of a library"
     env = {k: v for k,v in os.environ.items() if k != 'PYTHONWARNINGS'}
-    res = subprocess.run([sys.executable, '-m', f'radam_fastai.{MODULES[command[0]]}', *command[1:]], cwd=root, env=env, capture_output=True, text=True)
+    res = subprocess.run([sys.executable, '-m', f'radam_fastai.{MODULES[command[0]]}', *command[1:]], cwd=root, env=env,
+                         capture_output=True, text=True)
     assert res.returncode == 2 and res.stdout == '' and len(res.stderr.splitlines()) == 1, res.stderr
 
 # The terminal
@@ -257,7 +283,8 @@ def shell(line, tmp_path, **env):
     env.pop('PYTHONWARNINGS', None)
     return subprocess.run(['bash', '-c', line], cwd=tmp_path, env=env, capture_output=True, text=True, encoding='latin1')
 
-TALKS = {'demo': 'radam-demo --epochs 1 --anew --out o', 'imagenette': 'radam-imagenette --dump', 'experiment': 'radam-experiment', 'bench': 'radam-bench --models small --optims ours --rounds 1 --out o'}
+TALKS = {'demo': 'radam-demo --epochs 1 --anew --out o', 'imagenette': 'radam-imagenette --dump', 'experiment': 'radam-experiment',
+         'bench': 'radam-bench --models small --optims ours --rounds 1 --out o'}
 
 @pytest.mark.parametrize('name', TALKS)
 def test_an_output_that_nobody_reads(tmp_path, name):
@@ -279,7 +306,8 @@ def test_version(tmp_path, name):
     res = shell(f'radam-{name} --version', tmp_path)
     assert (res.returncode, res.stdout) == (0, f'radam-{name} {__version__}\n')
 
-@pytest.mark.parametrize('spelled', ['--act_fn=Mish --pct_start .7 --n_items 20 --channels_last --woof --fp16 0', '--act-fn Mish --pct-start=.7 --n-items 20 --channels-last 1 --woof=1 --fp16=0',
+@pytest.mark.parametrize('spelled', ['--act_fn=Mish --pct_start .7 --n_items 20 --channels_last --woof --fp16 0',
+                                     '--act-fn Mish --pct-start=.7 --n-items 20 --channels-last 1 --woof=1 --fp16=0',
                                      '--n_items=20 --woof yes --channels-last --act_fn Mish --pct_start .7 --resume 0 --fp16=no'])
 def test_options_are_spelled_as_people_spell_them(cli, images, tmp_path, monkeypatch, spelled):
     got = []
@@ -319,12 +347,14 @@ def test_forgotten_resume(cli, tiny, tmp_path, monkeypatch):
     (tmp_path/'records.jsonl').write_text((tmp_path/'records.jsonl').read_text().splitlines(True)[0]) # killed before the second record
     before = {p.name for p in tmp_path.iterdir()}
     status,out,err = cli(*demo_main)
-    assert (status, err) == (2, f'radam-demo: --out {tmp_path}: adam-42 is not finished there; --resume goes on with this job, --anew begins it again\n')
+    says = 'adam-42 is not finished there; --resume goes on with this job, --anew begins it again'
+    assert (status, err) == (2, f'radam-demo: --out {tmp_path}: {says}\n')
     assert {p.name for p in tmp_path.iterdir()} == before and 'choose one of them' in cli(*demo_main, '--anew', '--resume')[2]
     assert cli(*demo_main, '--anew')[0] == 0 and (tmp_path/'radam-42-2.csv').exists()
     cli(*demo_main, '--resume')
     table = report(tmp_path)
-    assert len(read_records(tmp_path/'records.jsonl')) == 3 and table.n.tolist() == [1, 1] and 'Left out: 1' in (tmp_path/'table.md').read_text()
+    assert len(read_records(tmp_path/'records.jsonl')) == 3 and table.n.tolist() == [1, 1]
+    assert 'Left out: 1' in (tmp_path/'table.md').read_text()
 
 def interrupted_at(n, calls=None):
     calls = []

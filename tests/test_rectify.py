@@ -1,13 +1,24 @@
 """The rectifier against exact numbers, and where it must not break."""
-import csv, math
+import csv
+import math
 from decimal import Decimal, localcontext
 from pathlib import Path
 
-import numpy as np, pytest
+import numpy as np
+import pytest
 from hypothesis import given, strategies as st
 
-from radam_fastai.rectify import (adaptive_lr_variance, first_adaptive_step, implied_warmup, rectification, rho, rho_inf,
-                                  simulated_variance, untuned_exponential, untuned_linear)
+from radam_fastai.rectify import (
+    adaptive_lr_variance,
+    first_adaptive_step,
+    implied_warmup,
+    rectification,
+    rho,
+    rho_inf,
+    simulated_variance,
+    untuned_exponential,
+    untuned_linear,
+)
 
 rows = list(csv.DictReader((Path(__file__).parent/'oracle/rectifier.csv').open()))
 
@@ -49,7 +60,8 @@ def test_first_adaptive_step(sqr_mom, threshold, step):
 
 def test_rectifies_from_the_sixth_step_unless_told_otherwise():
     assert [rectification(t, .99) is None for t in (5, 6)] == [True, False] and first_adaptive_step(.99) == 6
-    assert rectification(5, .99, threshold=4) == pytest.approx(math.sqrt((exact_rho(5, .99)-4)*(exact_rho(5, .99)-2)*199/(195*197*exact_rho(5, .99))))
+    r = exact_rho(5, .99)
+    assert rectification(5, .99, threshold=4) == pytest.approx(math.sqrt((r-4)*(r-2)*199/(195*197*r)))
 
 def test_implied_warmup_rises():
     w = implied_warmup(5000, .99)
@@ -72,7 +84,8 @@ def test_simulated_variance_of_two_steps():
     assert simulated_variance(2, .5, n=1000, seed=3)[1] == pytest.approx(np.var(np.sqrt(3/(g1+2*g2))))
 
 @pytest.mark.parametrize('f,args,says', [
-    (rho_inf, (1.,), 'got 1.0'), (rho_inf, (-.1,), 'got -0.1'), (rho, (5, math.nan), 'got nan'), (rho, (0, .99), 'got 0'), (rho, (math.inf, .99), 'got inf'),
+    (rho_inf, (1.,), 'got 1.0'), (rho_inf, (-.1,), 'got -0.1'), (rho, (5, math.nan), 'got nan'), (rho, (0, .99), 'got 0'),
+    (rho, (math.inf, .99), 'got inf'),
     (rectification, (5, .99, 3.9), 'got 3.9'), (untuned_linear, (5, 2.), 'got 2.0'), (adaptive_lr_variance, (4.,), 'got 4.0')])
 def test_bad_input_is_named(f, args, says):
     with pytest.raises(ValueError, match=says): f(*args)

@@ -1,65 +1,49 @@
 """A job that is killed at any moment ends, when it is resumed, with the numbers of a job that was not."""
-import os, random, shutil, signal, sys, time
+import os
+import random
+import shutil
+import signal
+import time
 from functools import partial
-from pathlib import Path
 
-import pytest, torch
+import pytest
+import torch
 from fastai.callback.core import Callback
 from filelock import FileLock
 
-from attacks import FULL, tally
+from helpers import (
+    FULL,
+    At,
+    CPUMixedPrecision,
+    Stop,
+    ended,
+    equal_jobs,
+    forked,
+    get_learner,
+    one,
+    overflow,
+    same_checkpoint,
+    small_job,
+    tally,
+)
 from mutate import RunsCode, damage
 from radam_fastai.optimizer import RAdamFn, RangerFn
 from radam_fastai.recipes import demo, imagenette, jobs
 from radam_fastai.recipes.checkpoint import epoch_seed, load_checkpoint, save_checkpoint
-from radam_fastai.recipes.jobs import Run, run_job
 from radam_fastai.recipes.cli import OptionError, RecipeError
+from radam_fastai.recipes.jobs import Run, run_job
 from radam_fastai.recipes.records import read_records
 from radam_fastai.torch_optim import RAdamWrapper
-from test_learner import At, CPUMixedPrecision, get_learner, overflow
 
-pytestmark = pytest.mark.usefixtures('tiny')
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('tiny')]
 quick = dict(arch='xresnet18', size=32, bs=16, epochs=3, workers=0, preset='over9000-radam')
-times = 'secs','train_secs','began','sittings'
-
-def numbers(o):
-    "A record without its times"
-    if isinstance(o, dict): return {k: numbers(v) for k,v in o.items() if k not in times}
-    return [numbers(v) for v in o] if isinstance(o, list) else o
-
-def same(a, b, at=''):
-    "Assert that two checkpoints hold the same bits"
-    assert type(a) == type(b), at
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), at
-        for k in a:
-            if k not in times: same(a[k], b[k], f'{at}.{k}')
-    elif isinstance(a, list):
-        assert len(a) == len(b), at
-        for i,(x,y) in enumerate(zip(a, b)): same(x, y, f'{at}[{i}]')
-    elif isinstance(a, torch.Tensor): assert a.dtype == b.dtype and torch.equal(a, b), at
-    else: assert a == b, at
-
-def equal_jobs(a, b):
-    "Assert that two folders hold the same runs: records, checkpoints, and files of the same names"
-    ra,rb = (read_records(p/'records.jsonl') for p in (a, b))
-    assert len(ra) == len(rb) and numbers(ra) == numbers(rb)
-    assert sorted(p.name for p in a.iterdir()) == sorted(p.name for p in b.iterdir())
-    for p in a.glob('*.pth'): same(load_checkpoint(p), load_checkpoint(b/p.name), p.name)
-    for p in a.glob('*.csv'): assert p.read_bytes() == (b/p.name).read_bytes()
-
-class Stop(Callback):
-    "Be interrupted before batch `batch` of the whole run"
-    order = 200
-    def __init__(self, batch): self.batch = batch
-    def before_batch(self):
-        if self.training and self.train_iter == self.batch: raise KeyboardInterrupt
 
 def stopped_at(monkeypatch, batch):
     get = imagenette.get_learner
     monkeypatch.setattr(imagenette, 'get_learner', lambda *a: get(*a).add_cb(Stop(batch)))
 
-variants = dict(radam=dict(sched='one_cycle'), bf16=dict(bf16=True, channels_last=True), ranger=dict(opt='ranger', channels_last=True, n_items=40, bs=8),
+variants = dict(radam=dict(sched='one_cycle'), bf16=dict(bf16=True, channels_last=True),
+                ranger=dict(opt='ranger', channels_last=True, n_items=40, bs=8),
     adam=dict(opt='adam', mixup=.4, sh=.3, sa=True, act_fn='Mish', workers=2, aug='resize'))
 
 @pytest.mark.parametrize('variant', variants)
@@ -78,8 +62,10 @@ def test_resumed_equals_uninterrupted(images, tmp_path, monkeypatch, variant):
 
 # In the middle of a schedule
 
-OPTS = dict(RAdam=RAdamFn, Ranger=RangerFn, RAdamWrapper=partial(RAdamWrapper, betas=(.9,.99), weight_decay=.1, decoupled_weight_decay=True))
-FITS = dict(one_cycle=lambda learn: learn.fit_one_cycle(4, slice(.002, .02)), flat_cos=lambda learn: learn.fit_flat_cos(4, slice(.002, .02), pct_start=.3))
+OPTS = dict(RAdam=RAdamFn, Ranger=RangerFn,
+            RAdamWrapper=partial(RAdamWrapper, betas=(.9,.99), weight_decay=.1, decoupled_weight_decay=True))
+FITS = dict(one_cycle=lambda learn: learn.fit_one_cycle(4, slice(.002, .02)),
+            flat_cos=lambda learn: learn.fit_flat_cos(4, slice(.002, .02), pct_start=.3))
 
 class Thaw(Callback):
     "Train the head alone for one epoch, then everything"
@@ -110,21 +96,9 @@ def test_resumed_in_the_middle_of_a_schedule(tmp_path, opt, fit, more, batch):
 
 # Killed from outside
 
-def in_child(f):
-    "Run `f` in a forked process: its id"
-    if pid := os.fork(): return pid
-    try:
-        sys.stdout = sys.stderr = open(os.devnull, 'w')
-        f()
-        os._exit(0)
-    except OptionError: os._exit(2)
-    except BaseException: os._exit(1)
-
-def ended(pid): return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
 def kill_after(f, secs):
     "Run `f` in a process that is killed after `secs` seconds, unless it has ended: its exit status, -9 if it was killed"
-    pid,end = in_child(f),time.monotonic()+secs
+    pid,end = forked(f),time.monotonic()+secs
     while time.monotonic() < end:
         done,status = os.waitpid(pid, os.WNOHANG)
         if done: return os.waitstatus_to_exitcode(status)
@@ -132,16 +106,11 @@ def kill_after(f, secs):
     os.kill(pid, signal.SIGKILL)
     return ended(pid)
 
-def small_job(out, resume=False):
-    "Two runs of the demo's network with a few batches an epoch"
-    def make(opt): return demo.get_learner(opt, 256)
-    run_job([Run(f'{opt}-1', 1, dict(opt=opt), partial(make, opt), lambda l: l.fit_one_cycle(4, 1e-2), dict(name='digits')) for opt in ('ranger','adam')],
-            out, 'demo', resume, keep=True)
-
 @pytest.fixture
 def jobs_to_kill(tiny, images):
     "By name: one whose data is in memory, one with processes that read images"
-    def image_job(out, resume=False): imagenette.main(**{**quick, 'epochs':2, 'workers':2}, path=images, runs=2, keep=True, out=out, resume=resume)
+    def image_job(out, resume=False):
+        imagenette.main(**{**quick, 'epochs':2, 'workers':2}, path=images, runs=2, keep=True, out=out, resume=resume)
     return dict(digits=small_job, images=image_job)
 
 @pytest.fixture(scope='module')
@@ -178,7 +147,8 @@ def second(n, *args): return n == 2
 def called(end): return lambda n, src, dst: str(dst).endswith(end)
 
 dangerous = { # a function, and the call of it that is the last
-    'checkpoint half-written': (torch, 'save', second), 'checkpoint not yet in place': (os, 'replace', second), 'record not yet written': (jobs, 'append_record', second),
+    'checkpoint half-written': (torch, 'save', second), 'checkpoint not yet in place': (os, 'replace', second),
+    'record not yet written': (jobs, 'append_record', second),
     'record half-written': (os, 'fsync', lambda n, fd: os.path.realpath(f'/proc/self/fd/{fd}').endswith('records.jsonl')),
     'steps not yet in place': (os, 'replace', called('adam-1.csv')), 'record written, checkpoint still there': (jobs, 'save_run', second),
     'report not yet written': (jobs, 'report', lambda *a: True), 'table not yet in place': (os, 'replace', called('table.md'))}
@@ -202,15 +172,12 @@ def test_killed_at_dangerous_moments(whole, tmp_path, monkeypatch, moment):
         m.setattr(where, name, die)
         assert kill_after(partial(small_job, out), 100) == -9
     assert kill_after(partial(small_job, out, resume=True), 100) == 0
-    if moment == 'record half-written': (out/'records.jsonl').write_bytes(b''.join((out/'records.jsonl').read_bytes().splitlines(True)[1:])) # the half, which is skipped
+    # the half, which is skipped
+    if moment == 'record half-written': (out/'records.jsonl').write_bytes(b''.join((out/'records.jsonl').read_bytes().splitlines(True)[1:]))
     equal_jobs(whole[0], out)
     tally['kills at dangerous moments', 'gone on from to the same bits'] += 1
 
 # What is not gone on with
-
-def one(out, lr=.01, name='radam-0', seed=0, epochs=2, resume=False, data=dict(name='digits'), cbs=None, opt='radam', **kw):
-    def make(): return demo.get_learner(opt, 256).add_cbs(cbs)
-    return run_job([Run(name, seed, dict(opt=opt, lr=lr, epochs=epochs), make, lambda l: l.fit_flat_cos(epochs, lr), data)], out, 'demo', resume, **kw)
 
 @pytest.fixture(scope='module')
 def part_once(tmp_path_factory):
@@ -223,7 +190,8 @@ def part(part_once, tmp_path):
     "A folder with a run that was interrupted in its second epoch"
     return shutil.copytree(part_once, tmp_path/'part')
 
-@pytest.mark.parametrize('change,says', [(dict(lr=.1), 'lr 0.01, not 0.1'), (dict(epochs=3), 'epochs 2, not 3'), (dict(opt='adam'), 'opt radam, not adam'),
+@pytest.mark.parametrize('change,says', [(dict(lr=.1), 'lr 0.01, not 0.1'), (dict(epochs=3), 'epochs 2, not 3'),
+                                         (dict(opt='adam'), 'opt radam, not adam'),
     (dict(seed=7), 'seed 0, not 7'), (dict(data=dict(name='letters')), 'data with name digits, not letters')])
 @pytest.mark.parametrize('finished', [False, True])
 def test_other_options_are_named(part, change, says, finished):
@@ -261,7 +229,7 @@ def test_damaged_checkpoints(part, seed):
     path,rng = part/'radam-0.pth',random.Random(seed)
     good = load_checkpoint(path)
     path.write_bytes(damage(path.read_bytes(), rng)[0])
-    try: same(load_checkpoint(path), good)
+    try: same_checkpoint(load_checkpoint(path), good)
     except RecipeError as e: assert str(path) in str(e) and len(str(e).splitlines()) == 1
 
 def test_damaged_checkpoint_stops_the_job(part):
@@ -279,7 +247,8 @@ def test_other_files_are_no_checkpoints(tmp_path, state):
     save_checkpoint(tmp_path/'a.pth', state)
     with pytest.raises(RecipeError, match='a.pth is no checkpoint of a recipe'): load_checkpoint(tmp_path/'a.pth')
 
-@pytest.mark.parametrize('what,change', [('model', lambda s: s['model'].popitem()), ('shape', lambda s: s['model'].update({'5.bias': torch.ones(3)})),
+@pytest.mark.parametrize('what,change', [('model', lambda s: s['model'].popitem()),
+                                         ('shape', lambda s: s['model'].update({'5.bias': torch.ones(3)})),
     ('state', lambda s: s['opt']['state'].pop()), ('average', lambda s: s['opt']['state'][0].update(grad_avg=torch.ones(3)))])
 def test_checkpoint_that_does_not_fit(part, what, change):
     state = load_checkpoint(part/'radam-0.pth')
@@ -295,10 +264,11 @@ def test_one_job_at_a_time(part):
 
 def test_one_of_many_that_start_at_once(tmp_path):
     "Into one folder: each does its own whole run, or is told to wait; no record is lost or mixed"
-    ends = [ended(pid) for pid in [in_child(partial(one, tmp_path/'out', epochs=3)) for _ in range(6)]]
+    ends = [ended(pid) for pid in [forked(partial(one, tmp_path/'out', epochs=3)) for _ in range(6)]]
     records = read_records(tmp_path/'out'/'records.jsonl')
     assert set(ends) <= {0, 2} and 2 in ends and len(records) == ends.count(0) >= 1
-    assert sorted(r['run'] for r in records) == sorted(p.stem for p in (tmp_path/'out').glob('*.csv')) and len({r['run'] for r in records}) == len(records)
+    assert sorted(r['run'] for r in records) == sorted(p.stem for p in (tmp_path/'out').glob('*.csv'))
+    assert len({r['run'] for r in records}) == len(records)
     alone, = one(tmp_path/'alone', epochs=3)
     assert all(r['steps'] == alone['steps'] for r in records)
 
@@ -311,7 +281,7 @@ def test_a_killed_job_leaves_no_lock(whole, tmp_path):
                 os._exit(0)
             os.kill(os.getpid(), signal.SIGKILL)
     (tmp_path/'out').mkdir()
-    assert ended(in_child(job)) == -9
+    assert ended(forked(job)) == -9
     with jobs.only_job(tmp_path/'out'): pass
 
 def test_half_written_files_are_removed(part):

@@ -1,20 +1,29 @@
 """What recipes share: records that survive, files that are whole, numbers that are right, reports from records alone."""
-import errno, json, math, os, resource, signal
+import errno
+import json
+import math
+import os
+import resource
+import signal
 
-import numpy as np, pandas as pd, pytest
+import numpy as np
+import pandas as pd
+import pytest
 from fastai.callback.core import Callback, CancelStepException
 from fastai.callback.training import GradientAccumulation
 from PIL import Image
 
-from radam_fastai.recorder import RectifierRecorder
-from radam_fastai.recipes import demo
-from radam_fastai.recipes.jobs import Run, run_job
-from radam_fastai.recipes.report import compare, groups, mean_std, report, summary
-from radam_fastai.recipes.cli import RecipeError, check_ranges
 from radam_fastai.files import replacing
+from radam_fastai.recipes import demo
+from radam_fastai.recipes.cli import RecipeError, check_ranges
+from radam_fastai.recipes.jobs import Run, run_job
 from radam_fastai.recipes.optims import OPTIMS, SCHEDS, Optim, optims
 from radam_fastai.recipes.records import RunRecorder, append_record, read_records, read_runs, rectifier_summary, steps_frame
+from radam_fastai.recipes.report import compare, groups, mean_std, report, summary
+from radam_fastai.recorder import RectifierRecorder
 from radam_fastai.rectify import rectification
+
+pytestmark = pytest.mark.slow
 
 # The file of records
 
@@ -131,7 +140,8 @@ def test_schedules(sched, tmp_path):
     r,_ = one_run('adam', tmp_path, fit=lambda l: SCHEDS[sched](l, o))
     lr,n = r['steps']['lr'],r['n_steps']
     def cos(a, b, x): return a + (1-math.cos(math.pi*x))*(b-a)/2
-    at = dict(flat=lambda x: .1, step=lambda x: .1 if x < .5 else .01 if x < .75 else .001, flat_cos=lambda x: .1 if x < .5 else cos(.1, 1e-6, 2*x-1),
+    at = dict(flat=lambda x: .1, step=lambda x: .1 if x < .5 else .01 if x < .75 else .001,
+              flat_cos=lambda x: .1 if x < .5 else cos(.1, 1e-6, 2*x-1),
               one_cycle=lambda x: cos(.01, .1, 2*x) if x < .5 else cos(.1, 1e-6, 2*x-1))[sched]
     assert n == 4*22 and lr == pytest.approx([at(i/n) for i in range(n)], rel=1e-5), sched
     assert set(r['steps']['mom']) == {.8 if sched == 'one_cycle' else .9}
@@ -163,8 +173,10 @@ def test_rectifier_summary():
 def rec(opt='a', seed=0, acc=.7, options={}, **kw):
     epoch = dict(epoch=0, step=1, train_loss=1., valid_loss=1., accuracy=acc, train_secs=1., secs=1.)
     steps = dict(step=[1], loss=[1.], lr=[.1], effective_lr=[.1], rect=[None])
-    return {**dict(run=f'{opt}-{seed}', recipe='r', opt=opt, seed=seed, secs=60., epochs=[epoch], options=dict(opt=opt, **options), data=dict(name='d', train=1, valid=1),
-                   n_steps=1, rectifier=None, steps=steps, hypers=[dict(sqr_mom=.9)], versions=dict(torch='1', fastai='2'), device=dict(name='m', threads=1)), **kw}
+    return {**dict(run=f'{opt}-{seed}', recipe='r', opt=opt, seed=seed, secs=60., epochs=[epoch], options=dict(opt=opt, **options),
+                   data=dict(name='d', train=1, valid=1),
+                   n_steps=1, rectifier=None, steps=steps, hypers=[dict(sqr_mom=.9)], versions=dict(torch='1', fastai='2'),
+                   device=dict(name='m', threads=1)), **kw}
 
 def test_groups_are_by_setting_and_not_by_seed():
     recs = [rec(o, s, options=dict(lr=lr, bs=8)) for o in 'ab' for lr in (.1,.2) for s in range(3)]
@@ -181,8 +193,10 @@ def test_summary_against_numpy():
     assert df.difference[0] == f'+{np.mean(accs)-.7:.4f}, {(np.mean(accs)-.7)/error:.1f} standard errors'
     assert df.published[0] == '0.7000 ± 0.1000 (20 runs)'
 
-@pytest.mark.parametrize('vals,pub,text', [([.7], dict(mean=.8, std=.1, runs=5), '-0.1000, from one run'), ([.7,.7], dict(mean=.7), '+0.0000'),
-    ([.7,.9], dict(mean=.7), '+0.1000, 1.0 standard errors of ours'), ([.7,.9], dict(mean=.7, unlike='other data'), 'not to be compared: other data')])
+@pytest.mark.parametrize('vals,pub,text',
+                         [([.7], dict(mean=.8, std=.1, runs=5), '-0.1000, from one run'), ([.7,.7], dict(mean=.7), '+0.0000'),
+    ([.7,.9], dict(mean=.7), '+0.1000, 1.0 standard errors of ours'),
+    ([.7,.9], dict(mean=.7, unlike='other data'), 'not to be compared: other data')])
 def test_compare(vals, pub, text): assert compare(vals, pub) == text
 
 def test_report_needs_records_alone(cli, tmp_path):
@@ -203,9 +217,12 @@ def test_ranges(): check_ranges(dict(lr=None))
 
 def deep(n=100_000): return b'{"epochs":' + b'['*n + b']'*n + b'}'
 
-HOSTILE = {'no opt': dict(opt=None), 'a formula': dict(opt='$\\b$'), 'options': dict(options=[1]), 'no epochs': dict(epochs=[]), 'an epoch of text': dict(epochs=[dict(epoch=0, step=1, train_secs=1., secs=1., accuracy='=1+1')]),
-    'uneven steps': dict(steps=dict(step=[1,2], loss=[1.], lr=[.1], effective_lr=[.1], rect=[None])), 'steps of text': dict(steps=dict(step=[1], loss=['=cmd'], lr=[.1], effective_lr=[.1], rect=[None])),
-    'a number without end': dict(epochs=[dict(epoch=0, step=1, train_secs=1., secs=1., accuracy=10**400)]), 'no hypers': dict(hypers=[]), 'other data': dict(data=dict(name='d')),
+HOSTILE = {'no opt': dict(opt=None), 'a formula': dict(opt='$\\b$'), 'options': dict(options=[1]), 'no epochs': dict(epochs=[]),
+           'an epoch of text': dict(epochs=[dict(epoch=0, step=1, train_secs=1., secs=1., accuracy='=1+1')]),
+    'uneven steps': dict(steps=dict(step=[1,2], loss=[1.], lr=[.1], effective_lr=[.1], rect=[None])),
+    'steps of text': dict(steps=dict(step=[1], loss=['=cmd'], lr=[.1], effective_lr=[.1], rect=[None])),
+    'a number without end': dict(epochs=[dict(epoch=0, step=1, train_secs=1., secs=1., accuracy=10**400)]), 'no hypers': dict(hypers=[]),
+    'other data': dict(data=dict(name='d')),
     'a figure of nothing': dict(published=dict(metric='bleu', mean=.5))}
 
 @pytest.mark.parametrize('command', ['imagenette', 'experiment'])
@@ -215,10 +232,12 @@ def test_a_report_leaves_out_what_is_no_record(cli, tmp_path, command, what):
     path,good = tmp_path/'records.jsonl',rec(recipe='lr-robustness', opt='adam', options=dict(lr=.1))
     for r in {**good, **HOSTILE[what]}, good: append_record(path, r)
     with path.open('ab') as f: f.write(deep())
-    with pytest.warns(UserWarning, match='a record is not of a run'), pytest.warns(UserWarning, match='line 3 is not a whole record'): status,out,err = cli(command, '--report', tmp_path)
+    with pytest.warns(UserWarning, match='a record is not of a run'), pytest.warns(UserWarning, match='line 3 is not a whole record'):
+        status,out,err = cli(command, '--report', tmp_path)
     assert status == 0 and '0.7' in out, err
 
-@pytest.mark.parametrize('name', ['../../victim', '/{victim}', 'a/b', '..\\victim', '', '.', '..', '.tmp-a', 'a\0b', 'a\nb', '\x1b[2J', '\ud800', 'a$\\b$'])
+@pytest.mark.parametrize('name', ['../../victim', '/{victim}', 'a/b', '..\\victim', '', '.', '..', '.tmp-a', 'a\0b', 'a\nb', '\x1b[2J',
+                                  '\ud800', 'a$\\b$'])
 def test_a_report_writes_into_its_folder_alone(tmp_path, name):
     (tmp_path/'victim.csv').write_text('mine')
     inside = tmp_path/'a'/'b'
@@ -248,18 +267,22 @@ def test_records_without_what_an_experiment_shows(cli, tmp_path):
 def test_numbers_that_json_does_not_have(tmp_path):
     "Each line is strict JSON, as other programs read it; older lines have NaN"
     path,nan = tmp_path/'records.jsonl',math.nan
-    append_record(path, rec(acc=nan, steps=dict(step=[1,2,3], loss=[nan, math.inf, -math.inf], lr=[.1]*3, effective_lr=[.1]*3, rect=[None]*3)))
+    append_record(path, rec(acc=nan, steps=dict(step=[1,2,3], loss=[nan, math.inf, -math.inf], lr=[.1]*3, effective_lr=[.1]*3,
+                                                rect=[None]*3)))
     def refuse(name): raise AssertionError(name)
     assert json.loads(path.read_text(), parse_constant=refuse)['steps']['loss'] == ['NaN','Infinity','-Infinity']
     with path.open('a') as f: f.write(json.dumps(rec(acc=nan)) + '\n' + json.dumps(rec(acc=None)) + '\n')
     runs = read_runs(path)
-    assert all(math.isnan(r['epochs'][0]['accuracy']) for r in runs) and runs[0]['steps']['loss'][1:] == [math.inf, -math.inf] and math.isnan(runs[0]['steps']['loss'][0])
+    assert all(math.isnan(r['epochs'][0]['accuracy']) for r in runs) and runs[0]['steps']['loss'][1:] == [math.inf, -math.inf]
+    assert math.isnan(runs[0]['steps']['loss'][0])
     assert summary(runs).accuracy[0].startswith('nan') and steps_frame(runs[0]).loss.tolist()[1:] == [math.inf, -math.inf]
 
 def test_cells_are_text(tmp_path):
     "In a table for a README: no HTML, no further column, no code for a terminal"
     evil = '<img src=x onerror=alert(1)> | \x1b[2J & \n# $\\b$'
-    append_record(tmp_path/'records.jsonl', rec(preset=evil, changed=[], run='a', data=dict(name=evil, train=1, valid=1), published=dict(metric='accuracy', mean=.5, source=evil)))
+    append_record(tmp_path/'records.jsonl',
+                  rec(preset=evil, changed=[], run='a', data=dict(name=evil, train=1, valid=1),
+                      published=dict(metric='accuracy', mean=.5, source=evil)))
     table = report(tmp_path)
     text = (tmp_path/'table.md').read_text()
     assert not set('<>\x1b') & set(text) and '\\|' in text and '\n#' not in text

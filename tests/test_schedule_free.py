@@ -10,10 +10,10 @@ from fastai.callback.all import GradientAccumulation, SaveModelCallback
 from fastai.learner import load_learner
 from torch import nn
 
+from helpers import At, all_equal, assert_same, flat, get_dls, get_learner as learner_of, get_model, halves, mse
 from radam_fastai.guard import load_strict
 from radam_fastai.optimizer import RAdamFn
 from radam_fastai.schedule_free import RAdamScheduleFree, RAdamScheduleFreeFn, ScheduleFree
-from test_learner import At, assert_same, flat, get_dls, get_learner as learner_of, get_model, halves, mse
 
 schedulefree = pytest.importorskip('schedulefree')
 HYPERS = dict(mom=.9, sqr_mom=.9, eps=1e-8, wd=.1) # with β2 .9 the rectifier is on from the fifth of 5 batches an epoch
@@ -91,7 +91,8 @@ def test_a_scheduled_mom():
     torch.manual_seed(0)
     p = nn.Parameter(torch.randn(3, dtype=torch.float64))
     grads = torch.randn(12, 3, dtype=torch.float64)
-    x,z,v,opt = p.detach().clone(),p.detach().clone(),0,RAdamScheduleFree([p], lr=lr, sqr_mom=b2, silent_sgd_phase=False) # plain SGD: ρ stays below 4
+    # plain SGD: ρ stays below 4
+    x,z,opt = p.detach().clone(),p.detach().clone(),RAdamScheduleFree([p], lr=lr, sqr_mom=b2, silent_sgd_phase=False)
     for t,(mom,g) in enumerate(zip(moms, grads), 1):
         opt.set_hyper('mom', mom)
         opt.train()
@@ -103,7 +104,26 @@ def test_a_scheduled_mom():
     opt.eval()
     close(p.detach(), x)
 
+def test_one_cycle_trains_at_y():
+    "Gradients are taken at y of the β1 that the schedule has just set"
+    seen = []
+    def check(learn):
+        y,moms = flat(learn),[h['mom'] for h in learn.opt.hypers]
+        learn.opt.eval()
+        zs = [learn.opt.state[p].get('z', p.detach()).flatten() for pg in learn.opt.param_lists for p in pg]
+        close(y, (1-moms[0])*torch.cat(zs) + moms[0]*flat(learn))
+        learn.opt.train()
+        seen.append(moms[0])
+    get_learner(cbs=[At('before_batch', check, order=100)]).fit_one_cycle(2, .05)
+    assert len(set(seen)) == 10
+
+def test_a_slice_as_lr():
+    ps = [[nn.Parameter(torch.ones(2))], [nn.Parameter(torch.ones(3))]]
+    assert [h['lr'] for h in RAdamScheduleFree(ps, lr=slice(.1)).hypers] == [.01, .1]
+
 # ---- at x wherever weights are read
+
+ERROR = RuntimeError('out of memory')
 
 class Stop(Callback):
     "Ends the training in the middle of an epoch"
@@ -121,7 +141,7 @@ def at_x(learn):
     close(flat(learn), now)
     return bool(moved)
 
-@pytest.mark.parametrize('error', [KeyboardInterrupt, CancelFitException, RuntimeError('out of memory')], ids=['Ctrl-C', 'cancelled', 'error'])
+@pytest.mark.parametrize('error', [KeyboardInterrupt, CancelFitException, ERROR], ids=['Ctrl-C', 'cancelled', 'error'])
 @pytest.mark.parametrize('where', ['Learner', 'fit'])
 def test_however_training_ends(error, where):
     cb = Stop(error)
@@ -176,7 +196,7 @@ def test_resume(load, tmp_path):
 def test_goes_on_from_the_library(train):
     "A checkpoint of the library's loop (in groups as here), in either mode"
     learn,loop = get_learner(wd_bn_bias=True),Loop(.05, wd=0.)
-    loop.opt = schedulefree.RAdamScheduleFree([dict(params=list(g)) for g in halves(loop.model)], lr=.05, betas=(.9, .9), weight_decay=.1)
+    loop.opt = schedulefree.RAdamScheduleFree([dict(params=list(g)) for g in halves(loop.model)], lr=.05, betas=(.8, .9), weight_decay=.1)
     loop.epoch()
     if train: loop.opt.train()
     learn.create_opt()
@@ -198,18 +218,20 @@ def test_loaded_states_are_copies():
 def test_flags_survive_loading_and_freezing():
     learn = get_learner()
     learn.create_opt()
-    flags = lambda: [{k: s.get(k) for k in ('do_wd', 'force_train')} for s in (learn.opt.state[p] for pg in learn.opt.param_lists for p in pg)]
+    flags = lambda: [{k: s.get(k) for k in ('do_wd', 'force_train')}
+                     for s in (learn.opt.state[p] for pg in learn.opt.param_lists for p in pg)]
     own = flags()
-    learn.opt.load_state_dict(Loop_state(learn))
+    learn.opt.load_state_dict(library_state(learn))
     assert flags() == own and any(f['do_wd'] is False for f in own)
     learn.fit(2, .05)
     x = flat(learn)
+    learn.opt.train()
     learn.freeze()
     group = learn.opt.opt.param_groups[0]
     assert flags() == own and (group['k'], group['weight_sum'], group['lr_max']) == (0, 0., -1.)
-    close(flat(learn), x, 0)
+    close(flat(learn), x)
 
-def Loop_state(learn):
+def library_state(learn):
     "A state without fastai's flags"
     return schedulefree.RAdamScheduleFree([dict(params=list(pg)) for pg in learn.opt.param_lists]).state_dict()
 
@@ -217,6 +239,7 @@ def test_lr_find_leaves_no_trace(tmp_path):
     a,b = get_learner(path=tmp_path),get_learner()
     for learn in (a, b): learn.fit(2, .05)
     a.lr_find(num_it=10, show_plot=False)
+    assert all_equal(list(a.model.state_dict().values()), list(b.model.state_dict().values()))
     for learn in (a, b): learn.fit(2, .05)
     assert_same(a, b)
 
@@ -243,40 +266,41 @@ def test_export(tmp_path):
 def test_mixed_precision_skips():
     "A step that a gradient scaler skips is no step"
     def skip(l): raise CancelStepException
-    learn,loop = get_learner(cbs=[At('before_step', skip, {0, 6})]),Loop(.05)
+    learn = get_learner(cbs=[At('before_step', skip, {0, 6})])
     learn.fit(2, .05)
     assert learn.opt.opt.param_groups[0]['k'] == 8 and at_x(learn)
 
 # ---- batch norm
 
-def test_batch_norm_is_of_x():
-    "The statistics at validation are the mean over the training batches at x"
-    learn = get_learner()
-    learn.fit(2, .05)
+def is_of_x(learn):
+    "Whether batch norm's statistics are the mean over the training batches at the weights as they are"
     conv,norm = learn.model[0][:2]
     with torch.no_grad(): acts = [conv(x) for x,_ in learn.dls.train]
     close(norm.running_mean, torch.stack([a.mean((0,2,3)) for a in acts]).mean(0))
     close(norm.running_var, torch.stack([a.var((0,2,3)) for a in acts]).mean(0))
-    assert norm.momentum == .1
+    return norm.momentum == .1
 
-@pytest.mark.parametrize('error', [KeyboardInterrupt, CancelFitException])
-def test_batch_norm_after_an_interruption(error):
-    learn,again = get_learner(cbs=[Stop(error)]),get_learner()
+def test_batch_norm_is_of_x():
+    learn = get_learner()
+    learn.fit(2, .05)
+    assert is_of_x(learn)
+
+@pytest.mark.parametrize('error,evaluate', [
+    (KeyboardInterrupt, Learner.validate), (KeyboardInterrupt, Learner.get_preds), (CancelFitException, lambda learn: None)],
+    ids=['Ctrl-C, validate', 'Ctrl-C, get_preds', 'cancelled'])
+def test_batch_norm_after_an_interruption(error, evaluate):
+    learn = get_learner(cbs=[Stop(error)])
     try: learn.fit(3, .05)
     except KeyboardInterrupt: pass
-    preds = learn.get_preds()[0]
-    again.model.load_state_dict(learn.model.state_dict())
-    norm = again.model[0][1]
-    norm.reset_running_stats()
-    norm.momentum = None
-    for x,_ in again.dls.train: again.model.train()(x)
-    close(preds, again.get_preds()[0])
+    evaluate(learn)
+    assert is_of_x(learn)
 
 def test_recalibration_changes_nothing_else():
     "No random number moves on: shuffled batches and dropout are the same with and without"
     def go(bn_batches):
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Sequential(nn.Conv2d(2, 3, 2), nn.BatchNorm2d(3)), nn.Sequential(nn.Dropout(.5), nn.Flatten(), nn.Linear(27, 2)))
+        model = get_model()
+        model[1].insert(0, nn.Dropout(.5))
         learn = get_learner(bn_batches=bn_batches, model=model)
         learn.dls.train.shuffle = True
         learn.dls.train.rng.seed(1)
@@ -304,7 +328,8 @@ def test_without_the_package(monkeypatch):
     monkeypatch.setattr('radam_fastai.schedule_free.find_spec', lambda _: None)
     with pytest.raises(ImportError, match=r"pip install 'radam_fastai\[schedulefree\]'"): get_learner().fit(1)
 
-@pytest.mark.parametrize('kw,match', [(dict(mom=0.), 'above 0'), (dict(mom=1.), 'mom .* got 1.0'), (dict(sqr_mom=1.), 'sqr_mom'), (dict(lr=-1.), 'lr'),
+@pytest.mark.parametrize('kw,match', [(dict(mom=0.), 'above 0'), (dict(mom=1.), 'mom .* got 1.0'), (dict(sqr_mom=1.), 'sqr_mom'),
+                                      (dict(lr=-1.), 'lr'),
                                       (dict(eps=-1.), 'eps'), (dict(wd=-1.), 'wd')], ids=str)
 def test_hypers_out_of_range(kw, match):
     ps = [nn.Parameter(torch.ones(2))]
@@ -319,7 +344,8 @@ def test_hypers_out_of_range(kw, match):
     (lambda sd: {'hypers': []}, 'not the state of a PyTorch optimizer'),
     (lambda sd: torch.optim.RAdam([nn.Parameter(torch.ones(2))]).state_dict(), 'have no k, '),
     (lambda sd: {**sd, 'param_groups': sd['param_groups']*2}, r'\[1, 1\] parameters, .* \[1\]'),
-    (lambda sd: {**sd, 'state': {0: dict(z=torch.ones(3))}}, r'z of parameter 0 has shape \(3,\)')], ids=['fastai', 'torch', 'groups', 'shape'])
+    (lambda sd: {**sd, 'state': {0: dict(z=torch.ones(3))}}, r'z of parameter 0 has shape \(3,\)')],
+    ids=['fastai', 'torch', 'groups', 'shape'])
 def test_states_that_do_not_fit(change, match):
     opt = RAdamScheduleFree([nn.Parameter(torch.ones(2))], lr=.1)
     before = deepcopy(opt.state_dict())

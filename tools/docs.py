@@ -4,7 +4,10 @@ README.md is the home page and every other notebook in nbs/ is a page, its numbe
 reference: what it exports is shown by signature and docments, with the source folded away. One at the top of the package with no name
 in `radam_fastai.all` is part of how it is built. A notebook that makes no module, or a page in docs/, belongs to the section that its
 folder names."""
-import ast, inspect, posixpath, re
+import ast
+import inspect
+import posixpath
+import re
 from collections import Counter
 from configparser import ConfigParser
 from html import unescape
@@ -16,7 +19,6 @@ from fastcore.nbio import mk_cell, read_nb
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File
 from nbdev.showdoc import showdoc_nm
-
 from readme import prepare, relink, to_markdown
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,12 +1,13 @@
 """Keep what a job found, without what it weighs: `python tools/keep.py RUNS FOLDER`.
 
 Merges all records below RUNS into FOLDER/records.jsonl. Rows of single updates are left out, unless an experiment's answer is made of them;
-everything else, settings, seeds, versions, device, every epoch's values, stays as it is. `--report FOLDER` then draws the tables and figures."""
+everything else, settings, seeds, versions, device, every epoch's values, stays as it is.
+`--report FOLDER` then draws the tables and figures."""
 import sys
 from pathlib import Path
 
-from radam_fastai.recipes.report import find_records
 from radam_fastai.recipes.records import append_record
+from radam_fastai.recipes.report import find_records
 
 UPDATES = {'degenerate': ('loss','adaptive'), 'adam-2k': ('loss',)} # experiment: columns of its updates that its answer needs
 

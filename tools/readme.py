@@ -3,7 +3,9 @@
 Cells with `#| hide` are left out, `#| echo: false` leaves a cell's outputs only, `#| output: false` its source only, links relative
 to nbs/ become relative to the project, and figures among the outputs go to index_files/. `tools/docs.py` makes the site's pages
 the same way."""
-import posixpath, re, shutil
+import posixpath
+import re
+import shutil
 from pathlib import Path
 from typing import Callable
 

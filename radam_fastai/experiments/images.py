@@ -8,6 +8,7 @@ Two claims of the article, after Liu et al. (arXiv:1908.03265, section 5): RAdam
 __all__ = ['lr_robustness', 'warmup_lengths', 'resnet20']
 
 # %% ../../nbs/51_experiments.images.ipynb #53b328c8
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -24,10 +25,9 @@ from fastcore.basics import noop
 from PIL import Image
 from torch import Tensor,nn
 
-from ..recipes.data import digest,draw,find_folder,split_files,unreadable
-from ..recipes.data import crop_flip, digits, tensor_dls
+from ..recipes.data import crop_flip,digest,digits,draw,find_folder,split_files,tensor_dls,unreadable
 from ..recipes.cli import check
-from .sweep import Experiment, contender, grid, show_sweep
+from .sweep import Experiment,ExperimentSettings,grid,show_sweep
 
 # %% ../../nbs/51_experiments.images.ipynb #95f84269
 def read_images(
@@ -49,6 +49,7 @@ def part(
     check(n is None or len(files) <= n <= len(files)*each, f'--n-items {n}: must be from {len(files)} to {len(files)*each}, what the smallest class allows')
     return draw(files, [n//len(files)]*len(files) if n else map(len, files.values()), seed=0)
 
+# %% ../../nbs/51_experiments.images.ipynb #9ffa3240
 @cache
 def load_folder(
     path:Path, # Folder that holds `train` and `test`, or `cifar10.tgz`
@@ -65,15 +66,21 @@ def load_folder(
     mean,std = (f(xs[0], dim=(0,2,3), keepdim=True) for f in (torch.mean, torch.std))
     return tuple(((x-mean)/std, y) for x,y in zip(xs, ys)),dict(name=path.name, size=size, classes=len(vocab), digest=digest(sum(parts, []), path))
 
+# %% ../../nbs/51_experiments.images.ipynb #c47dc0a3
+@dataclass(frozen=True, kw_only=True)
+class ImageSettings(ExperimentSettings):
+    "What a ResNet-20 is trained with"
+    size:int=32 # Side of the images, pixels
+    augment:bool=False # Move and mirror photographs at random
+
 def load_images(
     path:Path|None, # As for `load_folder`; `None`: scikit-learn's digits
-    o:dict, # Settings `size`, `n_items`, `n_valid` and `bs`
+    s:ImageSettings,
 ) -> tuple[tuple, dict]: # As `load_folder`
     "Images of a folder, or digits, which have the size and number that they have"
-    loaded,about = (digits(),dict(name='scikit-learn digits', size=8, classes=10)) if path is None else load_folder(
-        Path(path), *(o[k] for k in ('size','n_items','n_valid')))
+    loaded,about = (digits(),dict(name='scikit-learn digits', size=8, classes=10)) if path is None else load_folder(Path(path), s.size, s.n_items, s.n_valid)
     n = len(loaded[0][0])
-    check(o['bs'] <= n, f"--bs {o['bs']}: must be at most {n}, the number of training images")
+    check(s.bs <= n, f"--bs {s.bs}: must be at most {n}, the number of training images")
     return loaded,about
 
 # %% ../../nbs/51_experiments.images.ipynb #31aa0987
@@ -103,12 +110,12 @@ def resnet20(
 # %% ../../nbs/51_experiments.images.ipynb #a0edc52b
 def image_learner(
     loaded:tuple, # (images, labels) of training and of validation
-    o:dict, # Settings: `bs`, `augment`, and those of `contender`
+    s:ImageSettings,
 ) -> Learner:
     "A ResNet-20 with random weights that reports accuracy"
-    augment = crop_flip if o['augment'] and loaded[0][0].shape[1] == 3 else noop # a mirrored digit is none
-    return Learner(tensor_dls(*loaded, o['bs'], augment), resnet20(n_in=loaded[0][0].shape[1]), loss_func=CrossEntropyLossFlat(),
-                   opt_func=contender(o), metrics=accuracy, wd_bn_bias=False, cbs=ChannelsLast())
+    augment = crop_flip if s.augment and loaded[0][0].shape[1] == 3 else noop # a mirrored digit is none
+    return Learner(tensor_dls(*loaded, s.bs, augment), resnet20(n_in=loaded[0][0].shape[1]), loss_func=CrossEntropyLossFlat(),
+                   opt_func=s.opt_func(), metrics=accuracy, wd_bn_bias=False, cbs=ChannelsLast())
 
 # %% ../../nbs/51_experiments.images.ipynb #1e8dec1c
 SMALL = dict(sched='flat_cos', pct_start=.5, epochs=6, bs=32, size=16, n_items=4000, n_valid=2000, augment=False, mom=.9, sqr_mom=.99, eps=1e-8, wd=1e-4)
@@ -119,7 +126,7 @@ lr_robustness = Experiment(
     'Over how wide a range of learning rates does each optimizer come within 1 % of its best?',
     dict(small=(SMALL, grid(opt=['adam','radam','adam-linear'], lr=[.1,.03,.01,.003,.001]) + grid(opt=['sgd'], lr=[1.,.3,.1,.03])),
          paper=(PAPER, grid(opt=['adam','radam','adam-linear'], lr=[.1,.03,.01,.003,.001]) + grid(opt=['sgd'], lr=[1.,.3,.1,.03,.01]))),
-    load_images, image_learner, show_sweep)
+    ImageSettings, load_images, image_learner, show_sweep)
 
 # %% ../../nbs/51_experiments.images.ipynb #62e99f2d
 def with_warmups(
@@ -133,4 +140,4 @@ def with_warmups(
 warmup_lengths = Experiment(
     'Does Adam with a tuned warm-up do better than RAdam, which has nothing to tune?',
     dict(small=(SMALL, with_warmups([100,200,500], [.1,.01])), paper=(PAPER, with_warmups([100,200,500,1000], [.1,.03,.01,.003]))),
-    load_images, image_learner, show_sweep)
+    ImageSettings, load_images, image_learner, show_sweep)

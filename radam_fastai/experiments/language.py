@@ -10,6 +10,7 @@ __all__ = ['language', 'adam_2k', 'Transformer']
 # %% ../../nbs/52_experiments.language.ipynb #830b908d
 import hashlib
 from collections import Counter
+from dataclasses import dataclass
 from functools import cache,partial
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from ..gradients import GradientHistogram
 from ..plot import new_axes,plot_gradient_ridge
 from ..recipes.data import find_folder
 from ..recipes.cli import check
-from .sweep import Experiment, contender, curves_figure, grid, labels, show_sweep
+from .sweep import Experiment,ExperimentSettings,curves_figure,grid,labels,show_sweep
 
 import fastai.callback.progress,fastai.callback.schedule # progress bars, `fit_flat_cos`
 import matplotlib.pyplot as plt
@@ -119,6 +120,23 @@ def lm_dls(
         dls.append(StreamDL(ids, lens=[len(ids)], bs=bs, seq_len=seq_len, shuffle=name=='training'))
     return DataLoaders(*dls, device=default_device())
 
+# %% ../../nbs/52_experiments.language.ipynb #8332221b
+@dataclass(frozen=True, kw_only=True)
+class TextSettings(ExperimentSettings):
+    "What a language model is trained with; `n_items` and `n_valid` are tokens"
+    max_vocab:int=3000 # Most tokens that the model knows
+    seq_len:int=35 # Tokens in a row
+
+@dataclass(frozen=True, kw_only=True)
+class LSTMSettings(TextSettings):
+    "Size of an AWD-LSTM, its dropout, and `RNNRegularizer`'s `alpha` and `beta`"
+    emb_sz:int=100; n_hid:int=200; n_layers:int=2; drop_mult:float=.3; alpha:float=2.; beta:float=1.
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerSettings(TextSettings):
+    "As for `Transformer`"
+    d_model:int=64; n_heads:int=4; n_layers:int=6; dropout:float=0.; norm_first:bool=False
+
 # %% ../../nbs/52_experiments.language.ipynb #bb717e7a
 _rnn = dict(emb_sz=100, n_hid=200, n_layers=2, drop_mult=.3, alpha=2., beta=1.)
 _post = dict(d_model=64, n_heads=4, n_layers=6, dropout=0., norm_first=False)
@@ -137,11 +155,11 @@ def awd_lstm_learner(
     dls:DataLoaders, # From `lm_dls`
     vocab_sz:int, # Length of the vocabulary
     opt, # For `Learner(opt_func=...)`
-    o:dict, # Settings: the keys of `SIZES['language']['small']`
+    s:LSTMSettings,
 ) -> LMLearner: # Reports accuracy and perplexity
     "An AWD-LSTM with random weights"
-    config = {**awd_lstm_lm_config, **{k: o[k] for k in ('emb_sz','n_hid','n_layers')}}
-    return LMLearner(dls, get_language_model(AWD_LSTM, vocab_sz, config, o['drop_mult']), alpha=o['alpha'], beta=o['beta'], opt_func=opt,
+    config = {**awd_lstm_lm_config, **{k: getattr(s, k) for k in ('emb_sz','n_hid','n_layers')}}
+    return LMLearner(dls, get_language_model(AWD_LSTM, vocab_sz, config, s.drop_mult), alpha=s.alpha, beta=s.beta, opt_func=opt,
                      metrics=[accuracy,Perplexity()], **_lm)
 
 # %% ../../nbs/52_experiments.language.ipynb #b881739c
@@ -185,10 +203,10 @@ def transformer_learner(
     dls:DataLoaders, # From `lm_dls`
     vocab_sz:int, # Length of the vocabulary
     opt, # For `Learner(opt_func=...)`
-    o:dict, # Settings: the keys of `SIZES['adam-2k']['small']`
+    s:TransformerSettings,
 ) -> Learner: # Reports accuracy and perplexity
     "A `Transformer` with random weights"
-    model = Transformer(vocab_sz, **{k: o[k] for k in ('d_model','n_heads','n_layers','dropout','norm_first')})
+    model = Transformer(vocab_sz, s.d_model, s.n_heads, s.n_layers, s.dropout, s.norm_first)
     return Learner(dls, model, opt_func=opt, metrics=[accuracy,Perplexity()], **_lm)
 
 # %% ../../nbs/52_experiments.language.ipynb #d6badafa
@@ -197,23 +215,23 @@ def _text(path): return find_text(path)
 
 def load_text(
     path:Path|None, # As for `find_text`
-    o:dict, # Settings: those of `SIZES`, and `n_items`: training tokens (all)
+    s:TextSettings,
 ) -> tuple[tuple, dict]: # (training tokens, validation tokens, vocabulary); a description for the record
     "A text, ready for `lm_dls`; an `OptionError` if the settings do not fit it"
     train,valid,about = _text(path)
-    n = o['n_items'] or len(train)
+    n = s.n_items or len(train)
     check(n <= len(train), f'--n-items {n}: must be at most {len(train)}, the number of training tokens')
-    loaded = train[:n],valid,get_vocab(train[:n], o['max_vocab'])
-    dls = lm_dls(*loaded, o['bs'], o['seq_len'], o['n_valid'])
-    return loaded,dict(**about, vocab=len(loaded[-1]), unit='tokens', **{k: len(dl)*o['bs']*o['seq_len'] for k,dl in (('train', dls.train), ('valid', dls.valid))})
+    loaded = train[:n],valid,get_vocab(train[:n], s.max_vocab)
+    dls = lm_dls(*loaded, s.bs, s.seq_len, s.n_valid)
+    return loaded,dict(**about, vocab=len(loaded[-1]), unit='tokens', **{k: len(dl)*s.bs*s.seq_len for k,dl in (('train', dls.train), ('valid', dls.valid))})
 
 def text_learner(
     make, # `awd_lstm_learner` or `transformer_learner`
     loaded:tuple, # From `load_text`
-    o:dict, # Settings: those of `SIZES` and of `contender`
+    s:TextSettings, # Those that `make` takes
 ) -> Learner:
     "A language model with random weights, on its text"
-    return make(lm_dls(*loaded, o['bs'], o['seq_len'], o['n_valid']), len(loaded[-1]), contender(o), o)
+    return make(lm_dls(*loaded, s.bs, s.seq_len, s.n_valid), len(loaded[-1]), s.opt_func(), s)
 
 # %% ../../nbs/52_experiments.language.ipynb #83854879
 _opt = dict(sched='flat_cos', pct_start=.75, n_items=None, mom=.9, sqr_mom=.99, eps=1e-8, wd=1e-2)
@@ -221,7 +239,7 @@ _opt = dict(sched='flat_cos', pct_start=.75, n_items=None, mom=.9, sqr_mom=.99, 
 language = Experiment(
     'Does RAdam train a better recurrent language model than Adam?',
     {k: ({**_opt, **SIZES['language'][k]}, grid(opt=['adam','radam'], lr=lrs)) for k,lrs in (('small', [.03,.01,.003]), ('paper', [.01,.003,.001]))},
-    load_text, partial(text_learner, awd_lstm_learner), partial(show_sweep, metric='perplexity'))
+    LSTMSettings, load_text, partial(text_learner, awd_lstm_learner), partial(show_sweep, metric='perplexity'))
 
 # %% ../../nbs/52_experiments.language.ipynb #e60d75fd
 class FirstGradients(GradientHistogram):
@@ -266,4 +284,4 @@ adam_2k = Experiment(
     'Where Adam without a warm-up fails, do more gradients for its second moment, or a large eps, help it?',
     {k: ({**_opt, **SIZES['adam-2k'][k]}, grid(opt=['adam','adam-linear','radam'], lr=lrs) + grid(opt=['adam-2k'], n_steps=[n], lr=lrs) + grid(opt=['adam-eps'], eps=[1e-4], lr=lrs))
      for k,n,lrs in (('small', 100, [.003,.002,.001]), ('paper', 2000, [.001,.0005,.0003]))},
-    load_text, partial(text_learner, transformer_learner), show_adam_2k, lambda learn: [FirstGradients(learn)])
+    TransformerSettings, load_text, partial(text_learner, transformer_learner), show_adam_2k, lambda learn: [FirstGradients(learn)])

@@ -13,12 +13,12 @@ from pathlib import Path
 import pandas as pd
 
 from ..recipes.jobs import run_job
-from .language import adam_2k, language
-from .theory import degenerate, variance
 from ..recipes.report import conditions,find_records,once,report as write_report,terminal_table
-from .images import lr_robustness, warmup_lengths
 from ..recipes.cli import RANGES,Flag,OptionError,check,check_choice,check_out,check_ranges,command,expanded,is_main,names,numbers
-from .sweep import get_runs, write_shown
+from .images import lr_robustness,warmup_lengths
+from .language import adam_2k,language
+from .sweep import get_runs,write_shown
+from .theory import degenerate,variance
 
 # %% ../../nbs/54_experiments.main.ipynb #1e11312e
 EXPERIMENTS = {'lr-robustness':lr_robustness, 'warmup-lengths':warmup_lengths, 'adam-2k':adam_2k, 'language':language, 'variance':variance, 'degenerate':degenerate}
@@ -83,11 +83,11 @@ def main(
         return
     if name is None: return print(*(f'{k:<16}{exp.question}' for k,exp in EXPERIMENTS.items()), sep='\n')
     check(name in EXPERIMENTS, f"{name}: no such experiment; choose from {', '.join(EXPERIMENTS)}")
-    exp,given = EXPERIMENTS[name],dict(epochs=epochs, bs=bs, n_items=n_items)
+    exp = EXPERIMENTS[name]
     check_choice('budget', budget, exp.budgets)
-    check_ranges(dict(**given, seed=seed, runs=runs), {**RANGES, 'runs':(1,1000), 'n_items':(10,10**9)})
+    check_ranges(dict(n_items=n_items, seed=seed, runs=runs), {'n_items':(10,10**9), 'seed':RANGES['seed'], 'runs':(1,1000)})
     shared,cells = exp.budgets[budget]
-    shared = {**shared, **{k: v for k,v in given.items() if v is not None}}
+    shared = {**shared, **{k: v for k,v in dict(epochs=epochs, bs=bs, n_items=n_items).items() if v is not None}}
     todo = get_runs(exp, shared, narrowed(cells, opts, lrs), range(seed, seed+runs), path)
     shown = {}
     def write(*args, **kwargs): shown.update(report_experiments(*args, **kwargs))

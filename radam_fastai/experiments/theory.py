@@ -15,8 +15,8 @@ from fastcore.basics import groupby
 from ..gradients import AdaptiveLRVariance
 from ..plot import color,new_axes,plot_lr_variance
 from ..rectify import rho_inf
-from .images import SMALL, image_learner, load_images
-from .sweep import Experiment, grid
+from .images import SMALL,ImageSettings,image_learner,load_images
+from .sweep import Experiment,grid
 
 # %% ../../nbs/53_experiments.theory.ipynb #e2f773e5
 VARIANCE_STEPS = 80 # updates to measure at, or as many as the first epoch has
@@ -59,7 +59,7 @@ variance = Experiment(
     'Does the variance of the adaptive learning rate, measured in training, fall as theory says?',
     dict(small=(_one_epoch, grid(opt=['radam'], lr=[.01], sqr_mom=[.99,.999])),
          paper=({**_one_epoch, 'size':32, 'n_items':None, 'n_valid':None, 'bs':128}, grid(opt=['radam'], lr=[.01], sqr_mom=[.99,.999]))),
-    load_images, image_learner, show_variance, lambda learn: [VarianceNote(learn)])
+    ImageSettings, load_images, image_learner, show_variance, lambda learn: [VarianceNote(learn)])
 
 # %% ../../nbs/53_experiments.theory.ipynb #c2d15458
 def show_degenerate(
@@ -87,4 +87,4 @@ _cells = grid(opt=['sgd'], lr=[.03]) + grid(opt=['radam'], lr=[.03], sqr_mom=[.5
 degenerate = Experiment(
     'Up to which β2 is RAdam nothing but momentum SGD?',
     dict(small=(_two_epochs, _cells), paper=({**_two_epochs, 'size':32, 'n_items':None, 'n_valid':None, 'bs':128}, _cells)),
-    load_images, image_learner, show_degenerate)
+    ImageSettings, load_images, image_learner, show_degenerate)

@@ -15,11 +15,10 @@ from numbers import Real
 from pathlib import Path
 from typing import Callable
 
-from .cli import RecipeError,is_main# before fastai
-from ..files import cannot_write, replacing
+from .cli import RecipeError,is_main # before fastai
 from .records import RunRecorder,wrong_form
-from ..files import disk_error
-from ..guard import load_all, read_file
+from ..files import cannot_write,disk_error,replacing
+from ..guard import load_all,read_file
 
 import numpy as np
 import torch

@@ -27,6 +27,7 @@ from fastprogress import fastprogress
 from fastprogress.fastprogress import ConsoleProgressBar
 
 from .. import __version__
+from ..files import WriteError
 
 # %% ../../nbs/30_recipes.cli.ipynb #8cfd52f2
 class RecipeError(Exception):
@@ -177,7 +178,7 @@ def _run(func, pos):
         try:
             for k,v in o.items(): check(v != [], f"--{k.replace('_','-')} --: that is no value") # `argparse` makes an empty list of it
             work(**o)
-        except RecipeError as e:
+        except (RecipeError, WriteError) as e:
             _say(e, isinstance(e, OwnError))
             raise SystemExit(2) from None
         except KeyboardInterrupt:

@@ -9,16 +9,17 @@ __all__ = ['find_images', 'first_split', 'get_dls', 'get_model', 'get_learner', 
 
 # %% ../../nbs/41_recipes.imagenette.ipynb #717361d0
 import json
+from dataclasses import fields,replace
 from functools import partial
 from pathlib import Path
 
 from .data import ItemSeedDL,ReadableImageBlock,balanced,digest,download,find_folder,split_files
 from .jobs import Run,run_job
 from .precision import DevicePrecision,fast_settings,warn_slow_bf16
-from .presets import COMMON,published,resolve
+from .presets import ARCHS,COMMON,ImagenetteSettings,published,resolve
 from .report import conditions,report as write_report,summary,terminal_table
-from .cli import RANGES,Flag,check,check_choice,check_out,check_ranges,command,expanded,is_main
-from .optims import SCHEDS,opt_func,optims
+from .cli import RANGES,Flag,check,check_out,check_ranges,command,expanded,is_main
+from .optims import OPTION
 
 import fastai.callback.progress,fastai.callback.schedule # noqa: F401 (methods of `Learner`)
 import torch
@@ -36,7 +37,6 @@ from fastai.metrics import accuracy,top_k_accuracy
 from fastai.torch_core import default_device,num_distrib
 from fastai.vision.augment import FlipItem,RandomErasing,RandomResizedCrop,Resize
 from fastai.vision.core import imagenet_stats
-from fastai.vision.models import xresnet
 from torch import nn
 
 # %% ../../nbs/41_recipes.imagenette.ipynb #9f33144a
@@ -56,9 +56,6 @@ def find_images(
     n = tuple(sum(map(len, files.values())) for files in split_files(path))
     check(n == OFFICIAL[name], f'{path} holds {n[0]} training and {n[1]} validation images, not {OFFICIAL[name]}: delete it to download it again')
     return path,f'official {copy}.tgz'
-
-# %% ../../nbs/41_recipes.imagenette.ipynb #8c557b0b
-SPLITS = 'v1','v2'
 
 # %% ../../nbs/41_recipes.imagenette.ipynb #9fe0403f
 def first_split(
@@ -95,9 +92,6 @@ def get_dls(
     return block.dataloaders(train+valid, bs=bs, num_workers=workers)
 
 # %% ../../nbs/41_recipes.imagenette.ipynb #a499c70f
-ARCHS = {name: getattr(xresnet, name) for name in xresnet.__all__ if name.startswith('x') and name != 'xsenet154'} # fastai's xsenet154 cannot be made
-ACTS = dict(ReLU=nn.ReLU, Mish=nn.Mish)
-
 def MaxBlurPool(
     *args, # Ignored: it halves, whatever the kernel size
     **kwargs, # Likewise
@@ -111,102 +105,95 @@ POOLS = dict(AvgPool=AvgPool, MaxPool=MaxPool, MaxBlurPool=MaxBlurPool)
 # %% ../../nbs/41_recipes.imagenette.ipynb #ac4f5e87
 def get_model(
     arch:str='xresnet50', # A key of `ARCHS`
-    act_fn:str='ReLU', # A key of `ACTS`
+    act_fn:str='ReLU', # ReLU or Mish
     pool:str='AvgPool', # A key of `POOLS`
     sa:bool=False, # Self-attention after the first group of blocks
     sym:bool=False, # Make it symmetric
     n_out:int=10, # Classes
 ) -> nn.Module: # (bs, 3, size, size) → (bs, `n_out`)
     "An XResNet with random weights"
-    model = ARCHS[arch](n_out=n_out, act_cls=ACTS[act_fn], pool=POOLS[pool], sa=sa, sym=sym)
+    model = ARCHS[arch](n_out=n_out, act_cls=getattr(nn, act_fn), pool=POOLS[pool], sa=sa, sym=sym)
     if pool == 'MaxBlurPool': model[3] = MaxBlurPool() # after the three convolutions of the stem
     return model
 
 # %% ../../nbs/41_recipes.imagenette.ipynb #5e756740
-_net = 'arch','act_fn','pool','sa','sym'
+def model_of(
+    s:ImagenetteSettings,
+    n_out:int=10, # Classes
+) -> nn.Module: # As `get_model`
+    "The network that settings ask for"
+    return get_model(s.arch, s.act_fn, s.pool, s.sa, s.sym, n_out)
 
 def check_size(
-    o:dict, # Settings
+    s:ImagenetteSettings,
 ):
     "Raise an `OptionError` unless the network can be made and takes images of the size"
     try:
-        with torch.device('meta'): get_model(**{k: o[k] for k in _net})(torch.zeros(2, 3, o['size'], o['size']))
-    except ImportError: check(False, f"--pool {o['pool']}: needs the package timm; pip install 'radam_fastai[blur]', or choose another --pool")
-    except RuntimeError: check(False, f"--size {o['size']}: {o['arch']} with --pool {o['pool']} does not fit it; choose another --size, or --pool AvgPool, which fits all")
+        with torch.device('meta'): model_of(s)(torch.zeros(2, 3, s.size, s.size))
+    except ImportError: check(False, f"--pool {s.pool}: needs the package timm; pip install 'radam_fastai[blur]', or choose another --pool")
+    except RuntimeError: check(False, f"--size {s.size}: {s.arch} with --pool {s.pool} does not fit it; choose another --size, or --pool AvgPool, which fits all")
 
 # %% ../../nbs/41_recipes.imagenette.ipynb #2f469573
 def get_learner(
     dls:DataLoaders, # From `get_dls`
-    o:dict, # Settings: the keys of `COMMON`, with `channels_last` and `compile`
+    s:ImagenetteSettings,
 ) -> Learner:
     "A `Learner` with random weights that reports accuracy and top-5 accuracy"
-    opt = opt_func(o['opt'], mom=o['mom'], sqr_mom=o['sqrmom'], eps=o['eps'], wd=o['wd'], beta=o['beta'] or None)
-    learn = Learner(dls, get_model(**{k: o[k] for k in _net}, n_out=dls.c), loss_func=LabelSmoothingCrossEntropyFlat(eps=o['smooth']), opt_func=opt,
+    learn = Learner(dls, model_of(s, dls.c), loss_func=LabelSmoothingCrossEntropyFlat(eps=s.smooth), opt_func=s.opt_func(),
                     metrics=[accuracy,top_k_accuracy], wd_bn_bias=False,
-                    cbs=[ChannelsLast()]*o['channels_last'] + ([MixUp(o['mixup'])] if o['mixup'] else []))
-    for mode in AMPMode:
-        if o[mode.value]: learn.add_cb(DevicePrecision(mode))
-    if o['compile']: learn.model.compile()
+                    cbs=[ChannelsLast()]*s.channels_last + ([MixUp(s.mixup)] if s.mixup else []))
+    if s.fp16 or s.bf16: learn.add_cb(DevicePrecision(AMPMode.FP16 if s.fp16 else AMPMode.BF16))
+    if s.compile: learn.model.compile()
     return learn
 
 # %% ../../nbs/41_recipes.imagenette.ipynb #200c7a30
 def fastest(
-    o:dict, # Settings
+    s:ImagenetteSettings,
     device:str, # 'cuda' or 'cpu'
-    keep:bool=False, # Keep the precision in `o`
-) -> dict: # Settings
-    "`o`, with the memory order, precision and compilation that suit `device`"
-    picked = {k: v for k,v in fast_settings(o['act_fn'], device).items() if not (keep and k in ('fp16','bf16'))}
+    keep:bool=False, # Keep the precision in `s`
+) -> ImagenetteSettings:
+    "`s`, with the memory order, precision and compilation that suit `device`"
+    picked = {k: v for k,v in fast_settings(s.act_fn, device).items() if not (keep and k in ('fp16','bf16'))}
     if is_main(): print(f"--fast: {', '.join(k.replace('_','-') for k,v in picked.items() if v)} on this {device}")
-    return {**o, **picked}
+    return replace(s, **picked)
 
 # %% ../../nbs/41_recipes.imagenette.ipynb #fb759ad0
-LIMITS = {**RANGES, 'size':(16,1024), 'mom':(0,.9999), 'sqrmom':(0,.99999), 'eps':(0,1), 'wd':(0,1), 'beta':(0,1000), 'smooth':(0,.99), 'mixup':(0,10),
-          'sh':(0,1), 'pct_start':(0,.99), 'div':(1,1e6), 'runs':(1,1000), 'workers':(0,256)}
-
-def check_options(
-    o:dict, # Settings and the other options of `main`
+def check_machine(
+    s:ImagenetteSettings,
 ):
-    "Raise an `OptionError` for the first option that cannot be used, whatever the images"
-    for name,allowed in dict(split=SPLITS, arch=ARCHS, opt=optims('recipe'), sched=SCHEDS, aug=AUGS, act_fn=ACTS, pool=POOLS).items(): check_choice(name, o[name], allowed)
-    check_ranges(o, LIMITS)
-    check_size(o)
-    check(torch.cuda.is_available() or not o['fp16'], '--fp16: needs a GPU; a CPU can train with --bf16 1')
-    if o['bf16']: warn_slow_bf16(default_device().type)
+    "Raise an `OptionError` for the first setting that this machine cannot train with"
+    check_size(s)
+    check(torch.cuda.is_available() or not s.fp16, '--fp16: needs a GPU; a CPU can train with --bf16 1')
+    if s.bf16: warn_slow_bf16(default_device().type)
     n = num_distrib() or 1
-    check(o['bs']%n == 0, f"--bs {o['bs']}: must be a multiple of {n}, the number of processes")
+    check(s.bs%n == 0, f"--bs {s.bs}: must be a multiple of {n}, the number of processes")
 
 def check_counts(
-    o:dict, # Settings and the other options of `main`
+    s:ImagenetteSettings,
     train:dict, # Class → training files
 ):
     "Raise an `OptionError` unless there are enough images"
     counts = [len(fs) for fs in train.values()]
-    n,most = o['n_items'],10*min(counts)
+    n,most = s.n_items,10*min(counts)
     check(n is None or 10 <= n <= most, f'--n-items {n}: must be from 10 to {most}, ten times the smallest class')
     n = n or sum(counts)
-    check(o['bs'] <= n, f"--bs {o['bs']}: must be at most {n}, the number of training images")
+    check(s.bs <= n, f"--bs {s.bs}: must be at most {n}, the number of training images")
 
 # %% ../../nbs/41_recipes.imagenette.ipynb #b4acead2
 def get_runs(
-    preset:str, # A key of `PRESETS`
-    o:dict, # Settings and the other options of `main`
-    changed:list, # Those that differ from the preset's
-    train:dict, # Class → training files
-    valid:dict, # Class → validation files
-    path:Path, # Folder of both
-    source:str, # Where they are from
+    s:ImagenetteSettings, # Of all runs
+    seeds, # Of each
+    files:tuple, # Class → files, of training and of validation
+    data:dict, # What the record says of them, but for their number and digest
+    about:dict, # What else it says
+    path:Path, # Folder of the files
+    workers:int=None, # Processes that read images
 ) -> list: # `Run`s
     "A run for every seed"
-    options = {k: o[k] for k in [*COMMON, 'n_items','channels_last','compile'] if k != 'split'}
-    same = not changed and o['n_items'] is None and not o['woof']
-    def make(seed):
-        tr,va = balanced(train, valid, o['n_items'], seed)
-        return get_learner(get_dls(tr, va, *(o[k] for k in ('size','bs','aug','norm','sh','workers'))), options)
-    def fit(learn): SCHEDS[o['sched']](learn, o)
-    data = dict(name=path.name, source=source, split=o['split'], size=o['size'], classes=len(train), digest=digest(sum([*train.values(), *valid.values()], []), path))
-    about = dict(preset=preset, changed=changed, published=published(preset) if same else None)
-    return [Run(f"{o['arch']}-{o['opt']}-{s}", s, options, partial(make, s), fit, data, about) for s in range(o['seed'], o['seed']+o['runs'])]
+    def make(seed): return get_learner(get_dls(*balanced(*files, s.n_items, seed), s.size, s.bs, s.aug, s.norm, s.sh, workers), s)
+    data = dict(data, name=path.name, split=s.split, size=s.size, classes=len(files[0]), digest=digest([f for part in files for fs in part.values() for f in fs], path))
+    options = {k: v for k,v in s.options().items() if k != 'split'} # which `data` has
+    return [Run(f'{s.arch}-{s.opt}-{seed}', seed, options, partial(make, seed), s.fit, data, about) for seed in seeds]
 
 # %% ../../nbs/41_recipes.imagenette.ipynb #5194b249
 @command
@@ -257,17 +244,20 @@ def main(
     "Train an XResNet on Imagenette from random weights, with the settings of a preset; options take the place of the preset's."
     opts = dict(locals())
     if report is not None: return print(f"\n{terminal_table(write_report(report := expanded('report', report)))}\n\n{report}/table.md")
-    o,changed = resolve(preset, {k: opts[k] for k in COMMON if opts[k] is not None})
+    given = {f.name: v for f in fields(ImagenetteSettings) if (v := opts[OPTION.get(f.name, f.name)]) is not None}
     device = default_device().type
-    if device != 'cuda' and not fp16 and not bf16: o.update(fp16=False, bf16=False)
-    o = {**opts, **o}
-    if fast: o = fastest(o, device, keep=fp16 is not None or bf16 is not None)
-    check_options(o)
-    if dump: return print(json.dumps({k: o[k] for k in COMMON}, indent=1), get_model(**{k: o[k] for k in _net}), sep='\n')
-    path,source = find_images(path, o['size'], woof)
+    if device != 'cuda' and not fp16 and not bf16: given.update(fp16=False, bf16=False)
+    s,changed = resolve(preset, given)
+    check_ranges(opts, {'seed':RANGES['seed'], 'runs':(1,1000), 'workers':(0,256)})
+    if fast: s = fastest(s, device, keep=fp16 is not None or bf16 is not None)
+    check_machine(s)
+    if dump: return print(json.dumps({k: s.options()[k] for k in COMMON}, indent=1), model_of(s), sep='\n')
+    path,source = find_images(path, s.size, woof)
     files = split_files(path)
-    if o['split'] == 'v1': files = first_split(*files, sum(OFFICIAL['imagewoof2' if woof else 'imagenette2']))
-    check_counts(o, files[0])
-    records = run_job(get_runs(preset, o, changed, *files, path, source), check_out(out), 'imagenette', resume, keep, anew=anew)
+    if s.split == 'v1': files = first_split(*files, sum(OFFICIAL['imagewoof2' if woof else 'imagenette2']))
+    check_counts(s, files[0])
+    about = dict(preset=preset, changed=changed, published=published(preset) if not (changed or woof or n_items is not None) else None)
+    runs = get_runs(s, range(seed, seed+runs), files, dict(source=source), about, path, workers)
+    records = run_job(runs, check_out(out), 'imagenette', resume, keep, anew=anew)
     if is_main(): print(f'\n{terminal_table(summary(records))}\n', *conditions(records), sep='\n')
     return records

@@ -1,54 +1,56 @@
-"""The baselines: each beside a plain loop written from its definition, fastai, PyTorch and schedules set by hand; then its state, its errors, and in a Learner."""
-import copy, inspect, io, math, warnings
+"""The baselines: each beside a plain loop written from its definition, fastai, PyTorch and schedules set by hand; its state, its errors."""
+import copy
+import inspect
+import io
+import math
+import warnings
 from functools import partial
 
-import fastai.optimizer as fo, pytest, torch
+import fastai.optimizer as fo
+import pytest
+import torch
 from torch import nn
 
+from helpers import (
+    At,
+    assert_close,
+    assert_same,
+    compare,
+    drive,
+    frozen,
+    get_learner,
+    identical,
+    no_warnings,
+    params,
+    plain,
+    plain_adam,
+    plain_sgd,
+    set_grads,
+    steps,
+    tensors,
+    train_both,
+)
+from radam_fastai.baselines import (
+    SGD,
+    Adam,
+    Adam2kFn,
+    AdamEpsFn,
+    AdamExponentialFn,
+    AdamFn,
+    AdamLinearFn,
+    AdamWarmupFn,
+    SGDFn,
+    after,
+    linear_warmup,
+    never,
+    no_warmup,
+)
 from radam_fastai.bucket import Buckets
 from radam_fastai.functional import radam_step_
 from radam_fastai.optimizer import RAdam, RAdamFn, Ranger
 from radam_fastai.torch_optim import RAdam as TorchRAdam
-from radam_fastai.baselines import Adam, Adam2kFn, AdamEpsFn, AdamExponentialFn, AdamFn, AdamLinearFn, AdamWarmupFn, SGD, SGDFn, after, linear_warmup, never, no_warmup
-from reference import plain_rect
-from test_learner import At, assert_close, assert_same, get_learner, no_warnings, steps, train_both
-from test_optimizer import same, set_grads, snapshot
-from test_parity import compare, drive, has_grad, params, scheduled, shapes, tensors
 
-# ---- the definitions, in float64, one tensor at a time
-
-def plain_adam(p, g, s, *, lr, mom, sqr_mom, eps, wd=0., factor=lambda t: 1., n=0, own_count=True, decouple_wd=True, eps_debiased=True, beta=0., maximize=False):
-    "Adam with learning rate `lr*factor(t)`, after `n` steps for the second moment alone"
-    if maximize: g = -g
-    if not decouple_wd: g = g + wd*p
-    s['t'] = t = s.get('t', 0)+1
-    s['v'] = v = sqr_mom*s.get('v', 0.) + (1-sqr_mom)*g**2
-    s['k'] = k = s.get('k', 0) + (t > n or not own_count)
-    if t <= n: return p
-    s['m'] = m = mom*s.get('m', 0.) + (1-mom)*g
-    lr = lr*factor(t)
-    if decouple_wd: p = p - lr*wd*p
-    m_hat,bias = m/(1-mom**k),(1-sqr_mom**t)**.5
-    denom = v**.5/bias + eps if eps_debiased else (v**.5 + eps)/bias
-    if beta: denom = torch.log1p(torch.exp(denom*beta))/beta
-    return p - lr*m_hat/denom
-
-def plain_sgd(p, g, s, *, lr, mom, wd=0., decouple_wd=True, maximize=False):
-    "Momentum SGD with a debiased average"
-    if maximize: g = -g
-    if not decouple_wd: g = g + wd*p
-    s['k'] = k = s.get('k', 0)+1
-    s['m'] = m = mom*s.get('m', 0.) + (1-mom)*g
-    if decouple_wd: p = p - lr*wd*p
-    return p - lr*m/(1-mom**k)
-
-def plain(step, n=300, sched=True, dtype=torch.float64, **kw):
-    "What `drive` does, by `step` in float64 (of gradients rounded to `dtype`)"
-    ps,states = [p.double() for p in tensors(dtype)],[{} for _ in shapes]
-    for t in range(1, n+1):
-        for i,g in enumerate(tensors(dtype, seed=t)):
-            if has_grad(i, t): ps[i] = step(ps[i], g.double(), states[i], **{**kw, **(scheduled(t, n) if sched else {})})
-    return ps
+# ---- each baseline beside its definition
 
 b2,hypers = .99,dict(mom=.9, sqr_mom=.99, eps=1e-6, wd=1e-2) # the hyper-parameters of RAdamFn
 sgd_hypers = dict(mom=.9, wd=1e-2)
@@ -101,7 +103,8 @@ def test_momentum_until_then(rule, dtype, tol):
 # ---- fastai, PyTorch, and schedules by hand
 
 @pytest.mark.parametrize('dtype,tol', [(torch.float64, 1e-12), (torch.float32, 1e-6)])
-@pytest.mark.parametrize('variant', [{}, dict(sqr_mom=.9), dict(sqr_mom=.999, wd=.3), dict(decouple_wd=False), dict(eps=1e-2), dict(mom=.5)], ids=str)
+@pytest.mark.parametrize('variant', [{}, dict(sqr_mom=.9), dict(sqr_mom=.999, wd=.3), dict(decouple_wd=False), dict(eps=1e-2),
+                                     dict(mom=.5)], ids=str)
 def test_fastai_adam(variant, dtype, tol):
     "fastai's defaults, too"
     compare(drive(Adam(a := params(dtype), lr=.01, **variant), a), drive(fo.Adam(b := params(dtype), lr=.01, **variant), b), tol)
@@ -117,7 +120,8 @@ def torch_run(cls, factor, dtype, **kw):
     return ps
 
 @pytest.mark.parametrize('dtype,tol', [(torch.float64, 1e-12), (torch.float32, 2e-5)])
-@pytest.mark.parametrize('name,factor', [('adam', lambda t: 1.), ('warmup', linear(50)), ('linear', untuned_linear), ('exponential', untuned_exponential)])
+@pytest.mark.parametrize('name,factor', [('adam', lambda t: 1.), ('warmup', linear(50)), ('linear', untuned_linear),
+                                         ('exponential', untuned_exponential)])
 @pytest.mark.parametrize('wd', [0., .5])
 def test_a_warmup_is_a_schedule_of_torchs(name, factor, wd, dtype, tol):
     "The decay follows the warm-up; with L2 it never did anything else"
@@ -153,11 +157,12 @@ def test_sgd_is_radam_that_never_rectifies(kw):
     a,b = SGD(ps := params(), lr=.01, **kw),RAdam(qs := params(), lr=.01, sqr_mom=.6, **kw)
     a.set_hyper('sqr_mom', .6)
     drive(a, ps), drive(b, qs)
-    assert same(snapshot(a), snapshot(b))
+    assert identical(frozen(a), frozen(b))
 
 def test_sgd_and_fastais():
     "fastai's, with the learning rate that turns its sum of gradients into a debiased mean"
-    a,b = SGD(ps := params(torch.float64), lr=1., wd=.1, decouple_wd=False),fo.SGD(qs := params(torch.float64), lr=1., mom=.9, wd=.1, decouple_wd=False)
+    a,b = SGD(ps := params(torch.float64), lr=1., wd=.1, decouple_wd=False),fo.SGD(qs := params(torch.float64), lr=1., mom=.9, wd=.1,
+                                                                                   decouple_wd=False)
     for t in range(1, 101):
         b.set_hyper('lr', (1-.9)/(1-.9**t))
         for p,q,g in zip(ps, qs, tensors(torch.float64, seed=t)): p.grad,q.grad = g,g.clone()
@@ -166,7 +171,8 @@ def test_sgd_and_fastais():
 
 # ---- three paths, one rule
 
-@pytest.mark.parametrize('rule,kw', [(no_warmup, {}), (partial(linear_warmup, n_steps=9), dict(scale_wd=True)), (partial(linear_warmup, n_steps=9), {}),
+@pytest.mark.parametrize('rule,kw', [(no_warmup, {}), (partial(linear_warmup, n_steps=9), dict(scale_wd=True)),
+                                     (partial(linear_warmup, n_steps=9), {}),
                                      (partial(after, n_steps=4), dict(sgd_phase='skip')), (never, dict(maximize=True))], ids=str)
 def test_fused_foreach_and_loop_agree(rule, kw):
     def path(fused, loop):
@@ -224,7 +230,7 @@ def test_resumes_bit_for_bit(name, n):
     b = short[name]([nn.Parameter(p.detach().clone()) for p in a.param_lists[0]], lr=.5)
     b.load_state_dict(through_a_file(a.state_dict()))
     for o in (a, b): run(o, 25, start=n+1)
-    assert same(snapshot(a), snapshot(b))
+    assert identical(frozen(a), frozen(b))
     waited = [s.get('waited') for s in a.state_dict()['state']]
     assert waited == [10 if name == '2k' else None]*3
 
@@ -233,7 +239,9 @@ def go_on(ps, grads, step, states, **kw):
     for g in grads: ps = [step(p, o, s, **kw) for p,o,s in zip(ps, g, states)]
     return ps
 
-def plain_state(opt): return [dict(m=s['grad_avg'], v=s['sqr_avg'], t=s['step'], k=s['step']-s.get('waited', 0)) for s in copy.deepcopy(opt.state_dict()['state'])]
+def plain_state(opt):
+    return [dict(m=s['grad_avg'], v=s['sqr_avg'], t=s['step'], k=s['step']-s.get('waited', 0))
+            for s in copy.deepcopy(opt.state_dict()['state'])]
 def grads_of(start, n):
     "What `run` steps over"
     res,ps = [],some()
@@ -244,7 +252,8 @@ def grads_of(start, n):
 
 anothers = fo.Adam, fo.RAdam, partial(torch.optim.AdamW, betas=(.9, .99)), RAdam, SGD, AdamLinearFn
 
-@pytest.mark.parametrize('name,theirs', [(k, o) for k in short for o in anothers] + [(k, partial(Adam2kFn, n_steps=4)) for k in ('2k', '2k-freeze')], ids=str)
+@pytest.mark.parametrize('name,theirs', [(k, o) for k in short for o in anothers] + [(k, partial(Adam2kFn, n_steps=4))
+                                                                                     for k in ('2k', '2k-freeze')], ids=str)
 def test_goes_on_from_another(name, theirs):
     "With the state, and the hyper-parameters, of another: each moment has the count that it had there"
     ps = some()
@@ -276,7 +285,7 @@ def test_a_wait_is_adam_2ks(cls, waited):
     if waited == 0: opt.load_state_dict(sd)
     else:
         with pytest.raises(ValueError, match=r'parameter 1 \(shape \(4,\)\): waited in its state.* only Adam2kFn'): opt.load_state_dict(sd)
-        assert same(opt.state_dict(), before)
+        assert identical(opt.state_dict(), before)
 
 @pytest.mark.parametrize('name', short)
 def test_stock_fastai_goes_on(name):
@@ -287,13 +296,15 @@ def test_stock_fastai_goes_on(name):
     run(b, 10, start=13)
     if name == 'adam': compare(run(a, 10, start=13).param_lists[0], qs, 1e-12)
 
-@pytest.mark.parametrize('waited,says', [(13, r'waited must be at most step \(12\), got 13'), (-1, 'waited must be a whole number of at least 0, got -1'), (.5, 'waited .* got 0.5'), ('x', 'waited .* got x')])
+@pytest.mark.parametrize('waited,says', [(13, r'waited must be at most step \(12\), got 13'),
+                                         (-1, 'waited must be a whole number of at least 0, got -1'), (.5, 'waited .* got 0.5'),
+                                         ('x', 'waited .* got x')])
 def test_waited_that_cannot_be(waited, says):
     a = run(Adam2kFn(some(), lr=.02, n_steps=10), 12)
-    sd,before = copy.deepcopy(a.state_dict()),snapshot(a)
+    sd,before = copy.deepcopy(a.state_dict()),frozen(a)
     sd['state'][1]['waited'] = waited
     with pytest.raises(ValueError, match=rf'parameter 1 \(shape \(4,\)\): {says}'): a.load_state_dict(sd)
-    assert same(snapshot(a), before)
+    assert identical(frozen(a), before)
 
 @pytest.mark.parametrize('how', ['by hand', 'loaded'])
 def test_each_parameter_has_its_own_wait(how):
@@ -340,10 +351,10 @@ def test_sorted_once(monkeypatch):
 @each
 def test_copies_are_independent(opt_func):
     a = run(opt_func(some(), lr=.02), 8)
-    b,before = copy.deepcopy(a),snapshot(a)
+    b,before = copy.deepcopy(a),frozen(a)
     run(b, 5, start=9)
-    assert same(snapshot(a), before)
-    assert same(snapshot(run(a, 5, start=9)), snapshot(b))
+    assert identical(frozen(a), before)
+    assert identical(frozen(run(a, 5, start=9)), frozen(b))
 
 # ---- what can be asked
 
@@ -364,7 +375,8 @@ def test_factors_can_be_asked_for():
 def test_hypers_are_those_of_radam():
     "So that a comparison differs in the rule alone"
     radam = dict(RAdamFn(some(), lr=.1).hypers[0])
-    for name in ('adam', 'warmup', 'linear', 'exponential', '2k', '2k-freeze'): assert dict(opt_funcs[name](some(), lr=.1).hypers[0]) == radam
+    for name in ('adam', 'warmup', 'linear', 'exponential', '2k', '2k-freeze'):
+        assert dict(opt_funcs[name](some(), lr=.1).hypers[0]) == radam
     assert dict(AdamEpsFn(some(), lr=.1).hypers[0]) == {**radam, 'eps': 1e-4}
     sgd = dict(SGDFn(some(), lr=.1).hypers[0])
     assert sgd.keys() == radam.keys() and all(sgd[k] == radam[k] for k in ('lr', 'mom', 'wd'))
@@ -372,24 +384,28 @@ def test_hypers_are_those_of_radam():
 def test_signature_of_adam():
     "Every argument of fastai's, in its place, with its default"
     a,b = (list(inspect.signature(f).parameters.values()) for f in (Adam, fo.Adam))
-    assert [(p.name, p.default) for p in a[:len(b)]] == [(p.name, p.default) for p in b] and all(p.kind is p.KEYWORD_ONLY for p in a[len(b):])
+    assert [(p.name, p.default) for p in a[:len(b)]] == [(p.name, p.default) for p in b]
+    assert all(p.kind is p.KEYWORD_ONLY for p in a[len(b):])
 
 # ---- refusals
 
 @pytest.mark.parametrize('n_steps', [0, -1, 1.5, math.nan, math.inf, '5', None])
 @pytest.mark.parametrize('opt_func', [AdamWarmupFn, Adam2kFn])
 def test_n_steps_that_cannot_be(opt_func, n_steps):
-    with pytest.raises(ValueError, match=f'n_steps must be a whole number of at least 1, got {n_steps}'): opt_func(some(), lr=.1, n_steps=n_steps)
+    with pytest.raises(ValueError, match=f'n_steps must be a whole number of at least 1, got {n_steps}'):
+        opt_func(some(), lr=.1, n_steps=n_steps)
 
 @pytest.mark.parametrize('factor', [0., -1., math.nan, math.inf])
 def test_a_rule_that_gives_nonsense(factor):
     opt = run(Adam(some(), lr=.1, rule=lambda t, b: 1. if t <= 3 else factor), 3)
     set_grads(opt.param_lists[0], 4)
-    before = snapshot(opt)
+    before = frozen(opt)
     with pytest.raises(ValueError, match=f'the rule must give a positive number or None, got {factor} at step 4'): opt.step()
-    assert same(snapshot(opt), before)
+    assert identical(frozen(opt), before)
 
-@pytest.mark.parametrize('kw,error,says', [(dict(rule=1.), TypeError, 'rule must be a function of step and sqr_mom, got 1.0'), (dict(sgd_phase='sleep'), ValueError, "sgd_phase must be one of momentum, skip, got 'sleep'"),
+@pytest.mark.parametrize('kw,error,says',
+                         [(dict(rule=1.), TypeError, 'rule must be a function of step and sqr_mom, got 1.0'),
+                          (dict(sgd_phase='sleep'), ValueError, "sgd_phase must be one of momentum, skip, got 'sleep'"),
                                            (dict(eps=-1.), ValueError, 'eps .* got -1'), (dict(wd=math.nan), ValueError, 'wd .* got nan')])
 def test_settings_that_cannot_be(kw, error, says):
     with pytest.raises(error, match=says): Adam(some(), lr=.1, **kw)
@@ -406,7 +422,8 @@ def test_no_argument_is_ignored(name):
 
 # ---- in a Learner
 
-in_learner = {**opt_funcs, 'warmup': partial(AdamWarmupFn, n_steps=8), '2k': partial(Adam2kFn, n_steps=8), '2k-freeze': partial(Adam2kFn, n_steps=8, sgd_phase='freeze')}
+in_learner = {**opt_funcs, 'warmup': partial(AdamWarmupFn, n_steps=8), '2k': partial(Adam2kFn, n_steps=8),
+              '2k-freeze': partial(Adam2kFn, n_steps=8, sgd_phase='freeze')}
 
 @pytest.mark.parametrize('decouple_wd', [True, False])
 @pytest.mark.parametrize('fit', ['fit', 'fit_one_cycle'])
