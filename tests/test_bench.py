@@ -109,7 +109,8 @@ def test_ratio_is_paired():
     assert step.paired_ratio(6*busy, 4*busy) == pytest.approx(1.5)
 
 @pytest.mark.parametrize('name, lo, hi',
-                         [('ours', 8, 8.1), ('ours-ranger', 12, 12.1), ('ours-adam', 8, 8.1), ('ours-torch', 8, 8.1), ('fastai', 8, 8), ('fastai-adam', 8, 8),
+                         [('ours', 8, 8.1), ('ours-ranger', 12, 12.1), ('ours-adam', 8, 8.1),
+    ('ours-torch', 8, 8.1), ('fastai', 8, 8), ('fastai-adam', 8, 8),
     ('fastai-ranger', 12, 12), ('torch', 8+4/64, 8+4/64), ('torch-foreach', 8+4/64, 8+4/64), ('torch-adamw-fused', 8+4/64, 8+4/64)])
 def test_state_bytes(name, lo, hi):
     opt,_,new = stepped(name, [(64,)]*10)
