@@ -173,7 +173,8 @@ def test_sgd_and_fastais():
 
 @pytest.mark.parametrize('rule,kw', [(no_warmup, {}), (partial(linear_warmup, n_steps=9), dict(scale_wd=True)),
                                      (partial(linear_warmup, n_steps=9), {}),
-                                     (partial(after, n_steps=4), dict(sgd_phase='skip')), (never, dict(maximize=True))], ids=str)
+                                     (partial(after, n_steps=4), dict(sgd_phase='skip')), (never, dict(maximize=True))],
+                         ids=['no warm-up', 'linear, scaled decay', 'linear', 'after', 'never'])
 def test_fused_foreach_and_loop_agree(rule, kw):
     def path(fused, loop):
         ps,ms,vs = (tensors(torch.float64, seed=i) for i in (0, 1, 2))

@@ -9,14 +9,14 @@ import pytest
 import torch
 from fastai.callback.core import Callback
 
-from radam_fastai.bench import callbacks, main as command, step, train
+from radam_fastai.bench import callbacks, gpu, main as command, step, train
 from radam_fastai.recipes.optims import Optim
 from radam_fastai.rectify import rectification
 
 pytestmark = pytest.mark.slow
 
 HERE = [o for o in step.TIMED if o not in step.missing(step.TIMED)]
-RADAMS = [o for o in HERE if o not in ('fastai-adam', 'torch-adamw-fused')]
+RADAMS = [o for o in HERE if 'adam' not in o]
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
@@ -109,7 +109,8 @@ def test_ratio_is_paired():
     assert step.paired_ratio(6*busy, 4*busy) == pytest.approx(1.5)
 
 @pytest.mark.parametrize('name, lo, hi',
-                         [('ours', 8, 8.1), ('ours-ranger', 12, 12.1), ('ours-torch', 8, 8.1), ('fastai', 8, 8), ('fastai-adam', 8, 8),
+                         [('ours', 8, 8.1), ('ours-ranger', 12, 12.1), ('ours-adam', 8, 8.1),
+    ('ours-torch', 8, 8.1), ('fastai', 8, 8), ('fastai-adam', 8, 8),
     ('fastai-ranger', 12, 12), ('torch', 8+4/64, 8+4/64), ('torch-foreach', 8+4/64, 8+4/64), ('torch-adamw-fused', 8+4/64, 8+4/64)])
 def test_state_bytes(name, lo, hi):
     opt,_,new = stepped(name, [(64,)]*10)
@@ -232,6 +233,11 @@ def test_time_inside_is_that_of_the_callbacks(tiny_images, monkeypatch):
 @pytest.mark.parametrize('args, words', [
     (['callback', '--optims', 'fastai'], '--optims fastai: not an option of radam-bench callback'),
     (['callback', '--models', 'small'], '--models small: choose from xresnet18, xresnet50'),
+    (['train', '--minutes', '3'], '--minutes 3.0: not an option of radam-bench train'),
+    (['gpu', '--rounds', '3'], '--rounds 3: not an option of radam-bench gpu'),
+    (['gpu', '--minutes', '0'], '--minutes 0.0: must be from 0.1 to'),
+    (['gpu', '--path', '/no/such'], '--path /no/such: no such folder'),
+    (['train', '--size', '8'], '--size 8: must be from 32 to'),
     (['callback', '--warmup', '0'], '--warmup 0: must be from 1 to'),
     (['--threads', '0'], '--threads 0: must be from 1 to')])
 def test_bad_option_of_a_bench(cli, tmp_path, args, words): test_bad_option(cli, tmp_path, args, words)
@@ -240,9 +246,7 @@ def test_bad_option_of_a_bench(cli, tmp_path, args, words): test_bad_option(cli,
 
 def test_train_bench_takes_the_step_apart(tiny_images, tmp_path, monkeypatch):
     "All settings take the same steps with the same losses, and the parts of a step add up to it"
-    monkeypatch.setattr(train, 'TRAIN_SIDE', 64)
-    monkeypatch.setattr(train, 'reading_ms', lambda side, bs, workers: 1.+workers)
-    monkeypatch.setattr(train, 'SETTINGS', {k: o for k,o in train.SETTINGS.items() if not o.compile}) # a minute each
+    monkeypatch.setattr(train, 'reading_ms', lambda size, bs, workers: 1.+workers)
     seen = {}
     passed = train.pass_momentum_phase
     def watch(learn):
@@ -251,7 +255,7 @@ def test_train_bench_takes_the_step_apart(tiny_images, tmp_path, monkeypatch):
         assert all(map(torch.equal, before, learn.model.parameters())) and learn.opt.hypers[0]['lr'] == 1e-3
         seen[len(seen)] = learn
     monkeypatch.setattr(train, 'pass_momentum_phase', watch)
-    df = command.main('train', models='xresnet18', rounds=3, warmup=1, threads=1, device='cpu', out=tmp_path)
+    df = command.main('train', models='xresnet18', rounds=3, warmup=1, size=64, compile=False, threads=1, device='cpu', out=tmp_path)
     assert df.settings.tolist() == ['fastai', 'fastai, channels last', 'ours', 'ours, channels last', 'ours, channels last, bf16']
     assert (df.n_steps == 7).all() and df.ratio[0] == 1
     parts = df[['forward_ms', 'backward_ms', 'step_ms', 'release_ms']]
@@ -288,3 +292,66 @@ def test_parts_of_a_step_end_with_its_events(monkeypatch):
     learn = callbacks.bench_learner('xresnet18', [parts := train.Parts(), Turn()], 'cpu', 0)
     callbacks.begin_fit(learn, callbacks.random_batch(4, 2, 'cpu', 0), 1)()
     assert parts.times[0].tolist() == [1, 2, 4, 8] and len(train.PARTS) == 4
+
+# --- work of a step, growth, and all in one command
+
+def test_work_of_a_step():
+    "Two results of 4 kB at once, of which the first is needed for the second; a third after both are gone"
+    x = torch.ones(1024)
+    def f():
+        x.exp().exp()
+        x.exp()
+    work = step.step_work(f, lambda: None)
+    assert (work['calls'], work['extra_bytes'], work['device_ms']) == (3, 2*4096, 0)
+
+def test_host_time_ends_before_the_device_is_waited_for(monkeypatch):
+    now = [0.]
+    monkeypatch.setattr(step.time, 'perf_counter', lambda: now[0])
+    def turn(secs): now[0] += secs
+    assert step.time_burst(lambda: turn(1), 2, lambda: turn(10)) == pytest.approx((1e3, 6e3))
+
+def test_growth_has_tensors_of_the_named_size(tmp_path):
+    df = command.main('growth', models='10x64,100x64', optims='fastai', rounds=1, threads=1, device='cpu', out=tmp_path)
+    assert df[['n_tensors', 'n_params']].drop_duplicates().values.tolist() == [[10, 640], [100, 6400]]
+    assert (tmp_path/'growth.png').stat().st_size > 1000 and len((tmp_path/'records.jsonl').read_text().splitlines()) == 4
+
+def test_bars_begin_at_0():
+    from matplotlib.figure import Figure
+    about = dict(model='m', floor_ms=.5, n_params=1, n_tensors=1)
+    rows = pd.DataFrame([dict(about, optim=k, label=k, ms=ms, ratio=ms) for k,ms in (('ours', 1.), ('fastai', 5.))])
+    ax = Figure().subplots()
+    step.plot_model(ax, rows)
+    assert ax.get_xscale() == 'linear' and ax.get_xlim()[0] == 0 and sorted(p.get_width() for p in ax.patches) == [1, 5]
+    assert [l.get_xdata()[0] for l in ax.lines] == [.5] # the memory floor
+
+PARTS = dict(good='print(6*7)', bad='raise SystemExit(3)', slow='import time; print(1, flush=True); time.sleep(99)', late='print(2)')
+
+@pytest.fixture
+def parts(monkeypatch):
+    "Four parts instead of the tests, benchmarks and presets"
+    def use(*names): monkeypatch.setattr(gpu, 'bench_parts', lambda o: [gpu.Part(k, ['-c', PARTS[k]], .5) for k in names])
+    monkeypatch.setattr(gpu, 'test_parts', lambda device: [])
+    return use
+
+def records(out): return [(r['part'], r['status']) for r in map(json.loads, (out/'records.jsonl').read_text().splitlines())]
+
+def test_gpu_goes_on_after_a_failure_and_keeps_what_was_cut_off(cli, parts, tmp_path):
+    parts('bad', 'slow', 'good')
+    status,out,err = cli('gpu', '--device', 'cpu', '--minutes', .3, '--out', tmp_path/'o')
+    assert status == 2 and f"failed: bad (see {tmp_path/'o/bad/log.txt'})" in err and 'the same command goes on' in out
+    assert records(tmp_path/'o') == [('bad', 'failed'), ('slow', 'cut off'), ('good', 'done')]
+    assert [(tmp_path/'o'/k/'log.txt').read_text() for k in ('slow', 'good')] == ['1\n', '42\n']
+
+def test_gpu_does_only_what_is_missing(cli, parts, tmp_path):
+    for names in (['good'], ['good', 'late']):
+        parts(*names)
+        assert cli('gpu', '--device', 'cpu', '--out', tmp_path/'o')[0] == 0
+    assert records(tmp_path/'o') == [('good', 'done'), ('late', 'done')]
+    assert (tmp_path/'o/good/log.txt').read_text() == '42\n' # once
+
+def test_presets_have_their_first_seed_before_one_has_its_second(tmp_path):
+    parts = gpu.preset_parts(tmp_path, quick=False)
+    asked = [(p.name, p.words[p.words.index('--runs')+1]) for p in parts]
+    assert len(asked) == len(set(asked)) == 35 and {n for _,n in asked[:7]} == {'1'}
+    assert asked[0] == ('radam-v2', '1') and asked[7] == ('radam-v2', '2')
+    assert gpu.preset_parts(None, quick=False) == []

@@ -46,9 +46,9 @@ def check_options(
 # %% ../../nbs/65_bench.main.ipynb #549b7872
 @command(pos=['what'])
 def main(
-    what:str='step', # step (of optimizers), growth (of its cost), callback (in a training step), train (its parts) or gpu (all of them)
-    models:str=None, # step: xresnet18, xresnet50, awd_lstm, small (all); growth: 10x64, … (all); callback, train: xresnet18, xresnet50
-    optims:str=None, # step, growth: what to time beside ours: ours-ranger, ours-adam, ours-torch, fastai, fastai-adam, …
+    what:str='step', # step (of optimizers), growth (of its cost), callback (in a training step), train (a training step and its parts) or gpu (all of it)
+    models:str=None, # Separated by commas; step: xresnet18, xresnet50, awd_lstm, small (all); growth: 10x64, ... (all); callback, train: xresnet18, xresnet50
+    optims:str=None, # step, growth: what to time beside ours, separated by commas (all; growth: four of them)
     rounds:int=None, # Timed bursts of each, at least 1; step, growth: of 6 steps (25, 5); callback: of 10 (15); train: of 1 (5)
     warmup:int=None, # Steps of each before those; step, growth: at least 10 (10); callback, train: at least 1 (3, 1)
     bs:int=None, # callback, train: images a batch, at least 2 (32, 64)
@@ -62,6 +62,9 @@ def main(
     seed:int=0, # Seed of parameters, gradients and the order within a round
     out:Path=Path('runs/bench'), # Folder for records.jsonl, and a table and a picture of the latest run
 ):
-    "Time one thing beside others, in turn, on one machine"
+    """Time one thing beside others, in turn, on one machine
+
+    --optims: ours, ours-ranger, ours-adam, ours-torch, fastai, fastai-adam, fastai-ranger, torch, torch-foreach, torch-adamw-fused,
+    optimi, optimi-foreach, pytorch_optimizer, timm (step: all; growth: ours, torch-adamw-fused, torch-foreach, optimi)"""
     o = check_options(**locals())
     with torch_threads(o.threads): return BENCHES[what].run(o)
