@@ -227,6 +227,25 @@ lasting = { # of jobs that are killed, of disks, command lines and processes; th
 }
 mutants.update(lasting)
 
+schedule_free = { # name: (what is there, what stands there instead)
+    'x with another β1 than y':      ("g['betas'] = betas\n    self.opt.eval()", 'pass\n    self.opt.eval()'),
+    'y is saved':                    ('    self.eval()\n    return self.opt.state_dict()', '    return self.opt.state_dict()'),
+    'Ctrl-C stays at y':             ('            learn.opt.eval()\n', '            pass\n'),
+    'forgets at y':                  ('    self.eval()\n    for g in self.opt.param_groups: g.update', '    for g in self.opt.param_groups: g.update'),
+    'norms and biases decay':        ("self.state[p].get('do_wd', True)", 'True'),
+    'groups do not count':           ('g.update({k: half[k] for k in _counters})', 'None'),
+    'counts survive freezing':       ('    for g in self.opt.param_groups: g.update({k: self.opt.defaults[k] for k in _counters})\n', ''),
+    "the file's tensors are kept":   ('deepcopy(sd)', 'sd'),
+    "the file's β1 is not y's":      ('self.state[p]}\n    self._made_with = self._betas()', 'self.state[p]}'),
+    'random numbers move on':        ('    with no_random():\n', '    if True:\n'),
+    'the data moves on':             ('    if rng is not None: dl.rng = rng\n', ''),
+    'the finder leaves statistics':  ('if not in_finder(learn): ', ''),
+    'a cancelled fit keeps those of y': ('    def after_fit(self): self._calibrate()\n', ''),
+    'momentum of the norms is lost': ('m.train(training).momentum = momentum', 'm.train(training)'),
+    'frozen norms are computed':     (' and m.training and', ' and'),
+    'trains before the schedule':    ('order = ParamScheduler.order+1', 'order = -9')}
+mutants.update({name: ('schedule_free', *change, 'schedule_free') for name,change in schedule_free.items()})
+
 def planted(
     name:str # One of `mutants`
 )->tuple: # Path of the module, and its source with the mutant in it

@@ -197,7 +197,7 @@ def test_goes_on_from_the_library(train):
     "A checkpoint of the library's loop (in groups as here), in either mode"
     learn,loop = get_learner(wd_bn_bias=True),Loop(.05, wd=0.)
     loop.opt = schedulefree.RAdamScheduleFree([dict(params=list(g)) for g in halves(loop.model)], lr=.05, betas=(.8, .9), weight_decay=.1)
-    loop.epoch()
+    loop.epoch().epoch() # after one, x is still z
     if train: loop.opt.train()
     learn.create_opt()
     learn.model.load_state_dict(loop.model.state_dict())
@@ -235,9 +235,10 @@ def library_state(learn):
     "A state without fastai's flags"
     return schedulefree.RAdamScheduleFree([dict(params=list(pg)) for pg in learn.opt.param_lists]).state_dict()
 
-def test_lr_find_leaves_no_trace(tmp_path):
+@pytest.mark.parametrize('n_epoch', [0, 2], ids=['untrained', 'trained'])
+def test_lr_find_leaves_no_trace(n_epoch, tmp_path):
     a,b = get_learner(path=tmp_path),get_learner()
-    for learn in (a, b): learn.fit(2, .05)
+    for learn in (a, b): learn.fit(n_epoch, .05)
     a.lr_find(num_it=10, show_plot=False)
     assert all_equal(list(a.model.state_dict().values()), list(b.model.state_dict().values()))
     for learn in (a, b): learn.fit(2, .05)

@@ -46,8 +46,8 @@ def check_options(
 # %% ../../nbs/65_bench.main.ipynb #549b7872
 @command(pos=['what'])
 def main(
-    what:str='step', # step (of optimizers), growth (of its cost), callback (in a training step), train (a training step and its parts) or gpu (all of it)
-    models:str=None, # Separated by commas; step: xresnet18, xresnet50, awd_lstm, small (all); growth: 10x64, ... (all); callback, train: xresnet18, xresnet50
+    what:str='step', # step (of optimizers), growth (of its cost), callback (in a training step), train (its parts) or gpu (all of them)
+    models:str=None, # step: xresnet18, xresnet50, awd_lstm, small (all); growth: 10x64, … (all); callback, train: xresnet18, xresnet50
     optims:str=None, # step, growth: what to time beside ours, separated by commas (all; growth: four of them)
     rounds:int=None, # Timed bursts of each, at least 1; step, growth: of 6 steps (25, 5); callback: of 10 (15); train: of 1 (5)
     warmup:int=None, # Steps of each before those; step, growth: at least 10 (10); callback, train: at least 1 (3, 1)
