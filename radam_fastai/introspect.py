@@ -16,7 +16,6 @@ from typing import Callable, NamedTuple
 import torch
 from fastai.optimizer import Optimizer, OptimWrapper
 
-from . import optimizer
 from .rectify import rectification, rho
 
 # %% ../nbs/22_introspect.ipynb #1500cb53
@@ -51,7 +50,8 @@ def find_rectifier(
 ) -> Rectifier|None: # `None` if it has no rectifier
     "How `opt` rectifies, if it does"
     opt = innermost(opt)
-    if isinstance(opt, optimizer.AdamBase): return Rectifier(opt.settings['rule'], opt.settings['sgd_phase'])
+    settings = getattr(opt, 'settings', None) or {}
+    if 'rule' in settings: return Rectifier(settings['rule'], settings['sgd_phase']) # an `AdamBase`
     parts = _radam_parts(opt)
     for o in parts:
         package = o.__module__.split('.')[0]

@@ -4,6 +4,7 @@ import io
 import math
 import os
 import pickle
+import re
 import runpy
 import struct
 import sys
@@ -33,6 +34,10 @@ from radam_fastai.recipes.precision import DevicePrecision
 from radam_fastai.recipes.records import read_records
 from radam_fastai.recorder import RectifierRecorder
 from radam_fastai.torch_optim import RAdamWrapper
+
+def stable(o):
+    "`o` as the name of a test, the same in all processes"
+    return re.sub(r' at 0x\w+', '', str(o))
 
 # ---- how hard the attacks are, and what became of them
 

@@ -52,8 +52,8 @@ def test_finder_on_a_fresh_learner_leaves_no_optimizer():
 
 @pytest.mark.parametrize('opt_func, num_it, match', [
     (fo.Adam, 100, 'has no rectifier: use learn.lr_find'),
-    (RAdam, 40, 'num_it=40 with sqr_mom=0.99.*use a larger num_it'),
-    (partial(RAdam, sqr_mom=.5), 100, 'learn.lr_find, if sqr_mom is too small to rectify')])
+    (RAdam, 40, 'num_it=40 with sqr_mom=0.99.*Use a larger num_it'),
+    (partial(RAdam, sqr_mom=.5), 100, 'learn.lr_find if sqr_mom is too small to rectify')])
 def test_finder_refuses(opt_func, num_it, match):
     learn = recorded_learner(opt_func)
     with pytest.raises(ValueError, match=match): rectified_lr_find(learn, num_it=num_it)

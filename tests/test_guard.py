@@ -14,7 +14,20 @@ from fastai.callback.all import GradientAccumulation, GradientClip, TerminateOnN
 from torch import nn
 
 import radam_fastai.guard as cb
-from helpers import At, CPUMixedPrecision, all_equal, get_learner, get_model, halves, identical, no_warnings, overflow, result_of, weights
+from helpers import (
+    At,
+    CPUMixedPrecision,
+    all_equal,
+    get_learner,
+    get_model,
+    halves,
+    identical,
+    no_warnings,
+    overflow,
+    result_of,
+    stable,
+    weights,
+)
 from radam_fastai.all import RAdam, RAdamFn, RAdamWrapper, Ranger, RectifierRecorder, StopOnNonFinite, load_strict
 
 f32 = torch.float32
@@ -354,7 +367,7 @@ def saved(tmp_path, opt='RAdam', name='a', **kw):
     learn.fit(1, .02)
     return learn,state
 
-@pytest.mark.parametrize('opt', [*OPTS, fo.SGD, partial(OptimWrapper, opt=torch.optim.SGD), RAdamFn], ids=str)
+@pytest.mark.parametrize('opt', [*OPTS, fo.SGD, partial(OptimWrapper, opt=torch.optim.SGD), RAdamFn], ids=stable)
 def test_loads_what_learner_load_loads(tmp_path, opt):
     "Without a warning, even of an optimizer whose hyper-parameters NumPy made"
     learn,state = saved(tmp_path, opt)
@@ -482,7 +495,7 @@ def test_masks_may_be_infinite(tmp_path):
 
 def lookahead_sgd(params, lr): return fo.Lookahead(fo.SGD(params, lr, mom=.9))
 
-@pytest.mark.parametrize('opt', [fo.SGD, fo.RMSProp, partial(OptimWrapper, opt=torch.optim.SGD), fo.ranger, lookahead_sgd], ids=str)
+@pytest.mark.parametrize('opt', [fo.SGD, fo.RMSProp, partial(OptimWrapper, opt=torch.optim.SGD), fo.ranger, lookahead_sgd], ids=stable)
 def test_other_optimizers_are_put_back(tmp_path, opt):
     "When their own loading fails half-way: fastai's Lookahead has lost its slow weights by then"
     learn,_ = saved(tmp_path, opt)
