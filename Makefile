@@ -10,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHONWARNINGS := ignore:`torch.jit.script` is deprecated:FutureWarning
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast lint export notebooks readme docs dist hooks clean
+.PHONY: help demo test test-fast lint gpu export notebooks readme docs dist hooks clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -39,6 +39,9 @@ test-fast: $(READY) ## Run the tests that take under a minute together
 
 lint: $(READY) ## Check modules, notebooks, tests and tools with ruff
 	$(BIN)/ruff check
+
+gpu: $(READY) ## Test, measure and train on a GPU, in eight minutes; results go to runs/gpu
+	$(BIN)/radam-bench gpu --out runs/gpu
 
 export: $(READY) ## Write the modules from the notebooks
 	$(BIN)/nbdev-export

@@ -4,6 +4,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
   'syms': { 'radam_fastai.advisor': { 'radam_fastai.advisor.WarmupAdvisor': ('advisor.html#warmupadvisor', 'radam_fastai/advisor.py'),
                                       'radam_fastai.advisor.WarmupAdvisor._n_steps': ( 'advisor.html#warmupadvisor._n_steps',
                                                                                        'radam_fastai/advisor.py'),
+                                      'radam_fastai.advisor.WarmupAdvisor._report': ( 'advisor.html#warmupadvisor._report',
+                                                                                      'radam_fastai/advisor.py'),
                                       'radam_fastai.advisor.WarmupAdvisor._schedule': ( 'advisor.html#warmupadvisor._schedule',
                                                                                         'radam_fastai/advisor.py'),
                                       'radam_fastai.advisor.WarmupAdvisor.before_fit': ( 'advisor.html#warmupadvisor.before_fit',

@@ -139,6 +139,9 @@ def warmup_report(
     return WarmupReport(sqr_mom, start, rect, shape, steps_to(how, sqr_mom, 0.), full, list(_advice(how, sqr_mom, rect, shape, start)))
 
 # %% ../nbs/13_advisor.ipynb #be85cff0
+_WHEN_FROZEN = ("Part of the model is frozen. Unfreezing clears the optimizer's state, so the rectifier starts again, in fine_tune together with "
+                "a second one-cycle warm-up: a short fine_tune wants about three times Adam's learning rate, or fit_flat_cos after unfreezing.")
+
 class WarmupAdvisor(Callback):
     "Before each fit, say what the rectifier will make of its learning rate"
     run_valid = False
@@ -146,8 +149,13 @@ class WarmupAdvisor(Callback):
     def before_train(self):
         if self.said or in_finder(self.learn): return
         self.said = True
-        if find_rectifier(self.opt): print(warmup_report(self.opt, self._n_steps(), self._schedule(), updates_made(self.opt)))
+        if find_rectifier(self.opt): print(self._report())
         else: print(f"WarmupAdvisor: {no_rectifier(self.opt)}, nothing to advise")
+
+    def _report(self):
+        report = warmup_report(self.opt, self._n_steps(), self._schedule(), updates_made(self.opt))
+        if getattr(self.opt, 'frozen_idx', 0): report.advice.append(_WHEN_FROZEN)
+        return report
 
     def _schedule(self):
         return next((cb.scheds['lr'] for cb in self.learn.cbs if isinstance(cb, ParamScheduler) and 'lr' in cb.scheds), None)

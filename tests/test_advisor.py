@@ -185,3 +185,13 @@ def test_everything_is_said_once_a_fit(capsys):
         learn.fit_one_cycle(2, .01)
     out = capsys.readouterr().out
     for advice in warmup_report(.999, 32, 'one_cycle').advice: assert out.count(advice) == 1
+
+def test_fine_tune_is_seen_coming(capsys):
+    "While the body is frozen, once; not when all is trained"
+    learn = get_learner(RAdam, splitter=lambda m: [[m.weight], [m.bias]])
+    learn.freeze()
+    learn.fit(1, .01)
+    assert capsys.readouterr().out.count('Part of the model is frozen') == 1
+    learn.unfreeze()
+    learn.fit(1, .01)
+    assert 'frozen' not in capsys.readouterr().out
