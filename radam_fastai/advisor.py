@@ -139,10 +139,9 @@ def warmup_report(
     return WarmupReport(sqr_mom, start, rect, shape, steps_to(how, sqr_mom, 0.), full, list(_advice(how, sqr_mom, rect, shape, start)))
 
 # %% ../nbs/13_advisor.ipynb #be85cff0
-_WHEN_FROZEN = ("Part of the model is frozen. Unfreezing clears the optimizer's state, so the rectifier starts again, in fine_tune "
-                "together with "
-                "a second one-cycle warm-up: a short fine_tune wants about three times Adam's learning rate, or fit_flat_cos after "
-                "unfreezing.")
+_WHEN_FROZEN = ("Part of the model is frozen. Unfreezing clears the optimizer's state, so the rectifier starts again, "
+                "in fine_tune together with a second one-cycle warm-up: a short fine_tune wants about three times Adam's learning rate, "
+                "or fit_flat_cos after unfreezing.")
 
 class WarmupAdvisor(Callback):
     "Before each fit, say what the rectifier will make of its learning rate"

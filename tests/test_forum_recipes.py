@@ -19,7 +19,7 @@ def read():
     for c in json.loads(page.read_text())['cells']:
         src = ''.join(c['source'])
         if src.startswith('## '): title = src[3:].splitlines()[0]
-        if c['cell_type'] == 'code': yield title,src
+        if c['cell_type'] == 'code' and '#| eval: false' not in src: yield title,src
 
 CELLS = list(read())
 RECIPES = [title for title,src in CELLS if 'instead of' in src]

@@ -359,7 +359,7 @@ def try_about(state, path, about):
     "Go on from a checkpoint that says something else of its run: it is another run, or its record can be written"
     save_checkpoint(path, state)
     try:
-        _,_,found = plan_run(ASKED, path.parent, [], True)
+        _,_,found = plan_run(ASKED, path.parent, {}, True)
         json.dumps(finish({**found['about'], 'sittings': [*found['about']['sittings'], sitting(2)]}, *(found[k] for k in RECORDED)),
                    default=str)
     except RecipeError as e:

@@ -41,7 +41,7 @@ def run(cmd, cwd):
 def test_modules_match_notebooks(copy):
     lib = copy/'radam_fastai'
     for p in lib.rglob('*.py'):
-        if p != lib/'__init__.py': p.unlink() # else a module whose notebook is gone would stay unseen
+        if p.name != '__init__.py': p.unlink() # else a module whose notebook is gone would stay unseen
     run('nbdev-export', copy)
     diff = differing(files(root/'radam_fastai', '*.py'), files(lib, '*.py'))
     assert not diff, f'not what the notebooks give: {diff}: run `make export`, and delete a module that has no notebook'

@@ -1,0 +1,1 @@
+from .. import recipes # noqa: F401 (before fastai, whose import warns)

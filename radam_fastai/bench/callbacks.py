@@ -19,19 +19,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
-from radam_fastai.bench.step import (  # before fastai, whose import warns
-    MODELS,
-    OURS,
-    Bench,
-    paired_ratio,
-    show,
-    time_in_turn,
-    time_models,
-    waiter,
-)
-
-# isort: split
-
 import numpy as np
 import pandas as pd
 import torch
@@ -42,6 +29,7 @@ from fastai.losses import CrossEntropyLossFlat
 from matplotlib.figure import Figure
 
 from ..advisor import WarmupAdvisor
+from .step import MODELS, OURS, Bench, paired_ratio, show, time_in_turn, time_models, waiter
 from ..gradients import AdaptiveLRVariance, GradientHistogram
 from ..loggers import LogRectifier
 from ..optimizer import RAdamFn

@@ -18,12 +18,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-import radam_fastai
-from .step import Bench, facts  # before fastai, whose import warns
-
-# isort: split
 import pandas as pd
 
+import radam_fastai
+from .step import Bench, facts
 from ..recipes.cli import RecipeError
 from ..recipes.records import append_record, read_records
 from ..recipes.report import terminal_table

@@ -10,24 +10,12 @@ __all__ = []
 # %% ../../nbs/63_bench.growth.ipynb #6f991a08
 from types import SimpleNamespace
 
-from radam_fastai.bench.step import (  # before fastai, whose import warns
-    FLOOR,
-    TABLE,
-    TIMED,
-    Bench,
-    installed,
-    show,
-    time_models,
-    time_steps,
-)
-
-# isort: split
-
 import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
+from .step import FLOOR, TABLE, TIMED, Bench, installed, show, time_models, time_steps
 from ..plot import color
 
 # %% ../../nbs/63_bench.growth.ipynb #1f7db1c9

@@ -19,9 +19,6 @@ from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Callable, Iterable, NamedTuple
 
-from ..recipes.report import terminal_table  # before fastai, whose import warns
-
-# isort: split
 import numpy as np
 import pandas as pd
 import torch
@@ -36,6 +33,7 @@ from torch.profiler import profile
 from ..plot import COLORS, opt_color
 from ..recipes.optims import FASTAI, optims
 from ..recipes.records import append_record, device_name, versions
+from ..recipes.report import terminal_table
 from ..rectify import rectification
 
 # %% ../../nbs/60_bench.step.ipynb #81e49800

@@ -17,19 +17,6 @@ from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Callable, NamedTuple
 
-from radam_fastai.bench.step import (  # before fastai, whose import warns
-    FLOOR,
-    OTHERS,
-    OURS,
-    Bench,
-    paired_ratio,
-    show,
-    time_in_turn,
-    time_models,
-    waiter,
-)
-
-# isort: split
 import numpy as np
 import pandas as pd
 import torch
@@ -43,6 +30,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from .callbacks import begin_fit, bench_learner, random_batch
+from .step import FLOOR, OTHERS, OURS, Bench, paired_ratio, show, time_in_turn, time_models, waiter
 from ..optimizer import RAdamFn
 from ..plot import COLORS
 from ..recipes.optims import FASTAI

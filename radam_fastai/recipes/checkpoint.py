@@ -15,9 +15,6 @@ from numbers import Real
 from pathlib import Path
 from typing import Callable
 
-from .cli import RecipeError, is_main  # before fastai
-
-# isort: split
 import numpy as np
 import torch
 from fastai.callback.core import Callback, CancelEpochException
@@ -28,6 +25,7 @@ from torch import Tensor
 
 from ..files import cannot_write, disk_error, replacing
 from ..guard import load_all, read_file
+from .cli import RecipeError, is_main
 from .records import RunRecorder, wrong_form
 
 # %% ../../nbs/33_recipes.checkpoint.ipynb #764d1b28

@@ -7,16 +7,12 @@ Four commands share what is here: errors that are one line, checks of options, a
 # %% auto #0
 __all__ = ['RecipeError', 'OptionError']
 
-# %% ../../nbs/30_recipes.cli.ipynb #5804f8b5
-import warnings
-
-warnings.filterwarnings('ignore', '`torch.jit.script`', FutureWarning)
-
 # %% ../../nbs/30_recipes.cli.ipynb #d7e38126
 import inspect
 import os
 import signal
 import sys
+import warnings
 from argparse import ArgumentParser
 from contextlib import contextmanager, suppress
 from functools import partial, wraps

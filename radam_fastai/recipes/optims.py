@@ -14,11 +14,9 @@ from functools import partial
 from importlib import import_module
 from typing import NamedTuple
 
-from .cli import RANGES, check_choice, check_ranges  # before fastai
-
-# isort: split
-
 from fastai.callback.schedule import ParamScheduler, SchedNo, combine_scheds
+
+from .cli import RANGES, check_choice, check_ranges
 
 # %% ../../nbs/31_recipes.optims.ipynb #71cdd59a
 class Optim(NamedTuple):

@@ -10,11 +10,9 @@ __all__ = ['ARCHS', 'COMMON', 'PRESETS', 'ImagenetteSettings', 'published']
 # %% ../../nbs/40_recipes.presets.ipynb #ae3eb29b
 from dataclasses import dataclass, replace
 
-from .cli import check, check_choice  # before fastai
-
-# isort: split
 from fastai.vision.models import xresnet
 
+from .cli import check, check_choice
 from .optims import OPTION, Settings, optims, takes
 
 # %% ../../nbs/40_recipes.presets.ipynb #685c4be1

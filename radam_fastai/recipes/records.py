@@ -17,9 +17,6 @@ from importlib import import_module, metadata
 from numbers import Real
 from pathlib import Path, PureWindowsPath
 
-from .cli import RecipeError  # before fastai
-
-# isort: split
 import numpy as np
 import pandas as pd
 import torch
@@ -28,6 +25,7 @@ from fastai.torch_core import default_device, num_distrib, to_detach
 
 from ..files import append_whole
 from ..introspect import read_last
+from .cli import RecipeError
 from ..rectify import rho
 
 # %% ../../nbs/32_recipes.records.ipynb #fe52495b
