@@ -39,7 +39,8 @@ def test_the_algorithm_is_the_oracles(name):
     p,m,v = (torch.full((1,), x, dtype=torch.float64) for x in (.5, 0., 0.))
     for row in settings[name]:
         p,m,v = radam_reference(p, torch.tensor([float(row['grad'])], dtype=torch.float64), m, v, int(row['step']), **hypers)
-        for got,key in ((p, 'param'), (m, 'grad_avg'), (v, 'sqr_avg')): assert got.item() == pytest.approx(float(row[key]), rel=1e-9, abs=1e-18), key
+        for got,key in ((p, 'param'), (m, 'grad_avg'), (v, 'sqr_avg')):
+            assert got.item() == pytest.approx(float(row[key]), rel=1e-9, abs=1e-18), key
 
 @pytest.mark.parametrize('name', ['fastai', 'torch', 'author', 'paper'])
 def test_reference_settings_are_the_oracles(name):
