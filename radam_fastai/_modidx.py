@@ -158,8 +158,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'radam_fastai.bucket.Bucket._align': ('bucket.html#bucket._align', 'radam_fastai/bucket.py'),
                                      'radam_fastai.bucket.Bucket._orders': ('bucket.html#bucket._orders', 'radam_fastai/bucket.py'),
                                      'radam_fastai.bucket.Bucket._places': ('bucket.html#bucket._places', 'radam_fastai/bucket.py'),
-                                     'radam_fastai.bucket.Bucket._store_count': ( 'bucket.html#bucket._store_count',
-                                                                                  'radam_fastai/bucket.py'),
                                      'radam_fastai.bucket.Bucket.collect': ('bucket.html#bucket.collect', 'radam_fastai/bucket.py'),
                                      'radam_fastai.bucket.Bucket.intact': ('bucket.html#bucket.intact', 'radam_fastai/bucket.py'),
                                      'radam_fastai.bucket.Bucket.update': ('bucket.html#bucket.update', 'radam_fastai/bucket.py'),

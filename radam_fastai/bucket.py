@@ -10,7 +10,7 @@ __all__ = []
 # %% ../nbs/20_bucket.ipynb #0cbd1a0a
 from collections.abc import Iterable, MutableMapping
 from itertools import chain, zip_longest
-from operator import is_, itemgetter
+from operator import is_
 from typing import NamedTuple
 
 import torch
@@ -40,19 +40,26 @@ def check_updatable(
 
 # %% ../nbs/20_bucket.ipynb #c0726c85
 class IntCounter:
-    "The step count of `n` parameters as fastai keeps it: `items` are `n` times the same `int`"
-    def __init__(self, n:int, count:int): self.n,self.count,self.items = n,count,[count]*n
-    def intact(self): return True
+    "The step count of the parameters with these `states` as fastai keeps it, one `int`"
+    def __init__(self, states:list[dict], count:int):
+        self.states,self.count = states,count-1
+        self.advance()
+
+    def intact(self): return {s['step'] for s in self.states} == {self.count}
+
     def advance(self):
         self.count += 1
-        self.items = [self.count]*self.n
+        for s in self.states: s['step'] = self.count
 
 class TensorCounter:
-    "The step count of `n` parameters as torch keeps it: `items` are `n` tensors, the elements of `all`"
-    def __init__(self, n:int, count:int):
-        self.count,self.all = count,torch.full((n,), float(count), dtype=torch.float32, device='cpu')
-        self.items = [self.all[i] for i in range(n)]
-    def intact(self): return bool((self.all == self.count).all())
+    "The same as torch keeps it: a tensor for each, all of them elements of `all`"
+    def __init__(self, states:list[dict], count:int):
+        self.states,self.count,self.all = states,count,torch.full((len(states),), float(count), dtype=torch.float32, device='cpu')
+        self.items = list(self.all.unbind())
+        for s,step in zip(states, self.items): s['step'] = step
+
+    def intact(self): return all([s['step'] is step for s,step in zip(self.states, self.items)]) and bool((self.all == self.count).all())
+
     def advance(self):
         self.count += 1
         self.all.fill_(self.count) # float32 cannot count beyond 2²⁴ by adding 1
@@ -63,13 +70,13 @@ class StateLayout:
     def __init__(self,
         grad_avg:str, # Key of the running average of gradients
         sqr_avg:str, # Key of the running average of squared gradients
-        counter:type, # Class of the counter whose items are kept under `step`
+        counter:type, # Class of the counter that keeps `step`
     ): self.grad_avg,self.sqr_avg,self.counter = grad_avg,sqr_avg,counter
 
     def init(self, p:Tensor, state:dict) -> dict:
         "Start the averages of `p` in `state` where they are missing (other keys may be there first)"
         if self.grad_avg not in state:
-            state.update({self.grad_avg: torch.zeros_like(p), self.sqr_avg: torch.zeros_like(p), 'step': self.counter(1, 0).items[0]})
+            state.update({self.grad_avg: torch.zeros_like(p), self.sqr_avg: torch.zeros_like(p), 'step': 0})
         return state
 
 fastai_keys = StateLayout('grad_avg', 'sqr_avg', IntCounter)
@@ -104,14 +111,10 @@ class Bucket:
         self.places,self.orders,self.aligned = self._places(),self._orders(),None
         self.small = kind.device.type == 'cpu' and max(p.numel() for p in params) <= SMALL
         self.kernel_step = torch.empty((), dtype=torch.float32, device=kind.device) if self.fused else None
-        self.counter = keys.counter(len(states), kind.counts[0])
-        self._store_count()
+        self.counter = keys.counter(states, kind.counts[0])
 
     def _places(self): return list(map(Tensor.data_ptr, self.params))
     def _orders(self): return list(map(Tensor.stride, self.matrices)),all(map(Tensor.is_contiguous, self.vectors))
-
-    def _store_count(self):
-        for s,step in zip(self.states, self.counter.items): s['step'] = step
 
     def collect(self):
         "Take the gradients, and note how they lie in memory"
@@ -121,10 +124,10 @@ class Bucket:
     def intact(self) -> bool:
         "Whether all members still have a gradient, and nothing else that the bucket refers to has been replaced"
         if self.grad_order is None or self._places() != self.places or self._orders() != self.orders: return False
-        if not self.counter.intact() or {s.get('do_wd', True) for s in self.states} != {self.decays}: return False
-        held = {self.keys.grad_avg: self.grad_avgs, self.keys.sqr_avg: self.sqr_avgs, 'step': self.counter.items}
-        try: return all(all(map(is_, map(itemgetter(k), self.states), os)) for k,os in held.items())
-        except KeyError: return False # a state was emptied
+        if {s.get('do_wd', True) for s in self.states} != {self.decays}: return False
+        ga,sa,held = self.keys.grad_avg,self.keys.sqr_avg,zip(self.states, self.grad_avgs, self.sqr_avgs)
+        try: return self.counter.intact() and all([s[ga] is m and s[sa] is v for s,m,v in held])
+        except (KeyError, TypeError): return False # a state was emptied, or counts in something else
 
 # %% ../nbs/20_bucket.ipynb #dfa5d223
 @patch
@@ -149,7 +152,6 @@ def update(self:Bucket, *,
                     kernel_step=self.kernel_step, **kwargs)
     self.grads = [] # or `zero_grad` would release nothing
     self.counter.advance()
-    self._store_count()
 
 # %% ../nbs/20_bucket.ipynb #492c2968
 class Buckets:

@@ -254,8 +254,9 @@ def grads_of(start, n):
 
 anothers = fo.Adam, fo.RAdam, partial(torch.optim.AdamW, betas=(.9, .99)), RAdam, SGD, AdamLinearFn
 
-@pytest.mark.parametrize('name,theirs', [(k, o) for k in short for o in anothers] + [(k, partial(Adam2kFn, n_steps=4))
-                                                                                     for k in ('2k', '2k-freeze')], ids=stable)
+pairs = [(k, o) for k in short for o in anothers] + [(k, partial(Adam2kFn, n_steps=4)) for k in ('2k', '2k-freeze')]
+
+@pytest.mark.parametrize('name,theirs', pairs, ids=stable)
 def test_goes_on_from_another(name, theirs):
     "With the state, and the hyper-parameters, of another: each moment has the count that it had there"
     ps = some()
