@@ -75,7 +75,7 @@ def demo_figure(
         plot_curves(of(lr, lambda r: [e['train_loss'] for e in r['epochs']]), 'training loss', ax, opts=DEMO_OPTS)
         ax.set(title=f'{what}: lr {lr:g}', yscale='log')
     axs[1].sharey(axs[0])
-    axs[0].legend(fontsize='small')
+    axs[1].legend(fontsize='small', loc='lower left') # where no curve is
     effective = {k: v[:1] for k,v in of(lrs[0], lambda r: r['steps']['effective_lr']).items()}
     plot_curves(effective, 'learning rate in effect', axs[2], xlabel='update', opts=DEMO_OPTS).set_title(f'the warm-up: lr {lrs[0]:g}')
     return axs[0].figure
