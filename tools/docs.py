@@ -104,7 +104,7 @@ def fold(label, code): return f'??? quote "{label}"\n\n' + re.sub('^', '    ', f
 class Site:
     "All pages, and how they are linked"
     def __init__(self, repo:str):
-        paths = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if is_public(p.name) and p.parent.name != '.ipynb_checkpoints')
+        paths = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if p.name[0] not in '_.' and p.parent.name != '.ipynb_checkpoints')
         self.repo,self.notebooks = repo,[Notebook(p) for p in paths if p.name != 'index.ipynb']
         self.pages = {**PAGES, 'nbs/index.ipynb': 'index.md', **{n.source: n.page for n in self.notebooks}}
         self.pictures = {}
