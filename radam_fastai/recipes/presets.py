@@ -82,7 +82,7 @@ def resolve(
 # %% ../../nbs/40_recipes.presets.ipynb #8bd3aaf5
 def published(
     preset:str, # A key of `PRESETS`
-) -> dict|None: # `metric`, `mean`, `source`; if known `std` and `runs`; `unlike` if it is of something else
+) -> dict|None: # `metric`, `mean`, `source`; if known `std` and `runs`
     "The published accuracy of a preset"
     pub = PRESETS[preset][1]
     return pub and dict(metric='accuracy', **pub)
