@@ -51,7 +51,7 @@ def plain_hypers(
     h:dict, # Hyper-parameters of a group under fastai's names
     what:str='', # To be named in front of them
 ) -> dict: # Adam's as floats
-    "A copy of `h` that loads under `weights_only`; a `ValueError` that names what is no number"
+    "A copy of `h` that loads under `weights_only`; a `ValueError` that names what is not a number"
     for k in h: _expect(k, str, f"{what}a hyper-parameter's name")
     def plain(k, v):
         if k in hyper_names: return as_float(v, f'{what}{k}')

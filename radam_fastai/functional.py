@@ -78,7 +78,7 @@ def check_hypers(
     wd:float=0., # Weight decay, at least 0
     beta:float=0., # Sharpness of the softplus on the denominator, at least 0 (0: off)
 ) -> dict: # The same, as floats
-    "Raise a `ValueError` that names the first hyper-parameter that is no number, or out of its range"
+    "Raise a `ValueError` that names the first hyper-parameter that is not a number, or is out of its range"
     res = dict(lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, beta=beta)
     for k,v in res.items():
         if type(v) is not float: res[k] = as_float(v, k) # every step of a run comes by here
