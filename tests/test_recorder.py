@@ -327,7 +327,7 @@ def test_functions_of_fastxtend():
     radam_foreach_step.__module__ = 'fastxtend.optimizer.foreach'
     opt = fo.Optimizer([nn.Parameter(torch.zeros(1))], [None], lr=.1)
     opt.opt_step = radam_foreach_step
-    assert find_rectifier(opt).rule(6, .99) == pytest.approx(plain_rect(6, .99, 5)) and find_rectifier(opt).sgd_phase == 'momentum'
+    assert find_rectifier(opt).lr_factor(6, .99) == pytest.approx(plain_rect(6, .99, 5)) and find_rectifier(opt).sgd_phase == 'momentum'
 
 def test_counts_of_a_group_are_fetched_at_once(monkeypatch):
     "They may be on the device: what makes the host wait is counted"
