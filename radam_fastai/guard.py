@@ -133,6 +133,7 @@ def check_writable(
         with tempfile.NamedTemporaryFile(prefix=path.name, dir=path.parent): pass # named, so that a bad name is an error
     except OSError as e: raise type(e)(f"cannot write a model to {path}: {e.strerror}") from None
 
+# %% ../nbs/15_guard.ipynb #52ea9168
 class _Saver(_Undo):
     "Saves model and optimizer at `path`, if they are sound"
     def __init__(self, path):

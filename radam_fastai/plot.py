@@ -323,6 +323,7 @@ def plot_sweep(
     _legend(ax)
     return ax
 
+# %% ../nbs/23_plot.ipynb #a11e3027
 def plot_curves(
     lines:dict, # Label → list of runs, each a list of values, such as one per epoch
     ylabel:str, # What the values are

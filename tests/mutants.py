@@ -128,7 +128,7 @@ mutants = { # name: (module, what is there, what stands there instead)
     'accumulation unknown to advice': ('advisor', '// max(1, math.ceil(n_acc/(self.dls.train.bs or 1)))', ''),
     'schedule of the first group':   ('advisor', 'np.ravel(f(i/n_steps))[-1]', 'np.ravel(f(i/n_steps))[0]'),
     'silent about two warm-ups':     ('advisor', 'if peak and schedule[0] < FULL', 'if False and schedule[0] < FULL'),
-    'hypers do not write through':   ('torch_optim', 'set_item_pg(self.group, self.names[k], v)', 'pass'),
+    'hypers do not write through':   ('torch_optim', 'set_item_pg(group, self.bwd_map[k], v)', 'pass'),
     'a second state in the wrapper': ('torch_optim', 'def state(self): return self.opt.state',
                                       'def state(self): return self.__dict__.setdefault("_state", defaultdict(dict))'),
 }
