@@ -87,7 +87,7 @@ torch_keys = StateLayout('exp_avg', 'exp_avg_sq', TensorCounter)
 class Kind(NamedTuple):
     "What all members of a `Bucket` have in common"
     group:int # Number of their parameter group
-    decays:bool # Is weight decay for them?
+    decays:bool # Does weight decay apply to them?
     fused:bool # Can the fused kernels update them?
     device:torch.device
     dtype:torch.dtype
@@ -162,7 +162,7 @@ def update(self:Bucket, *,
     for part in ([[o] for o in one] for one in zip(*lists)) if foreach is False else [lists]:
         radam_step_(*part, self.counter.count+1, wd=wd if self.decays else 0., fused=self.fused and foreach is None, small=self.small,
                     kernel_step=self.kernel_step, **kwargs)
-    self.grads = [] # or `zero_grad` would release nothing
+    self.grads = [] # or their memory would stay in use after `zero_grad`
     self.counter.advance()
 
 # %% ../nbs/20_bucket.ipynb #492c2968

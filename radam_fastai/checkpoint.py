@@ -141,7 +141,7 @@ def _check_param_state(i, s, p):
     if 'max_exp_avg_sq' in s: raise ValueError(f"{at}: max_exp_avg_sq in its state: RAdam cannot continue amsgrad")
     for k in flags: _expect(s.get(k, True), bool, f'{at}: {k}')
     if not (isinstance(waited := as_number(s.get('waited', 0)), Real) and waited == 0):
-        raise ValueError(f"{at}: waited in its state, so Adam-2k saved it: only Adam2kFn can go on from there")
+        raise ValueError(f"{at}: waited in its state, so Adam-2k saved it: only Adam2kFn can continue from it")
     if not set(s) & (_averages | {'step'}): return # it has never been updated
     if lacks := (_averages | {'step'}) - set(s):
         raise ValueError(f"{at}: no {', '.join(sorted(lacks))} in its state: was it saved by Adam or RAdam?")

@@ -212,7 +212,7 @@ def read_file(
         return load(path)
     except (FileNotFoundError, PermissionError, IsADirectoryError): raise # they name the file
     except Exception as e: # of a damaged file, PyTorch and pickle raise anything
-        why = 'it is not only data' if isinstance(e, pickle.UnpicklingError) else str(e).strip().split('\n')[0]
+        why = 'it contains more than data' if isinstance(e, pickle.UnpicklingError) else str(e).strip().split('\n')[0]
         raise ValueError(f'{path} is not a whole checkpoint ({why})') from e
 
 # %% ../nbs/15_guard.ipynb #1d943e4f

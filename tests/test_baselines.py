@@ -1,9 +1,7 @@
 """The baselines: each beside a plain loop written from its definition, fastai, PyTorch and schedules set by hand; its state, its errors."""
 import copy
 import inspect
-import io
 import math
-import warnings
 from functools import partial
 
 import fastai.optimizer as fo
@@ -29,6 +27,7 @@ from helpers import (
     stable,
     steps,
     tensors,
+    through_file,
     train_both,
 )
 from radam_fastai.baselines import (
@@ -216,21 +215,13 @@ def some(seed=0):
 
 short = {**opt_funcs, '2k': partial(Adam2kFn, n_steps=10), '2k-freeze': partial(Adam2kFn, n_steps=10, sgd_phase='freeze')}
 
-def through_a_file(sd):
-    f = io.BytesIO()
-    torch.save(sd, f)
-    f.seek(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter('error')
-        return torch.load(f, weights_only=True)
-
 @pytest.mark.parametrize('n', [0, 1, 7, 10, 11, 30])
 @pytest.mark.parametrize('name', short)
 def test_resumes_bit_for_bit(name, n):
     "Before, during and after the wait of Adam-2k, at its last step, too"
     a = run(short[name](some(), lr=.01), n)
     b = short[name]([nn.Parameter(p.detach().clone()) for p in a.param_lists[0]], lr=.5)
-    b.load_state_dict(through_a_file(a.state_dict()))
+    with no_warnings(): b.load_state_dict(through_file(a.state_dict()))
     for o in (a, b): run(o, 25, start=n+1)
     assert identical(frozen(a), frozen(b))
     waited = [s.get('waited') for s in a.state_dict()['state']]
@@ -465,14 +456,3 @@ def test_export_goes_on(name, tmp_path):
     a.export()
     for learn in (a, b): learn.fit(2, .02)
     assert_same(a, b)
-
-@pytest.mark.parametrize('name', in_learner)
-def test_stock_checkpoint_loads(name, tmp_path):
-    a,stock = get_learner(in_learner[name], path=tmp_path),get_learner(fo.Adam, path=tmp_path)
-    stock.fit_one_cycle(2, .02)
-    with no_warnings():
-        stock.save('stock')
-        a.load('stock')
-    assert_close(a, stock)
-    a.fit_one_cycle(1, .02)
-    assert steps(a) == [15]*5
