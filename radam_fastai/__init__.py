@@ -19,6 +19,6 @@ Modules:
 - `radam_fastai.recorder`: What the rectifier did at every update of a run: `learn.rectifier`
 - `radam_fastai.rectify`: How far Adam's adaptive learning rate can be trusted after `t` gradients, as one number per step
 - `radam_fastai.schedule_free`: `schedulefree.RAdamScheduleFree` in a `Learner`: no warm-up, no schedule, no length to fix in advance
-- `radam_fastai.torch_optim`: The same rule as a `torch.optim.Optimizer`, and an `OptimWrapper` that brings it to a `Learner` without losing what fastai knows about its parameters"""
+- `radam_fastai.torch_optim`: The same update as a `torch.optim.Optimizer`, and an `OptimWrapper` that brings it to a `Learner` without losing what fastai knows about its parameters"""
 
 __version__ = "0.1.0"

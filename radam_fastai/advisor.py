@@ -52,7 +52,7 @@ def steps_to(
 ) -> int|None: # Update, from 1; `None` if there is none
     "The first update with r_t above `share`"
     never = 10**9
-    step = 1 + bisect_right(range(1, never), share, key=lambda t: how.rule(t, sqr_mom) or 0.)
+    step = 1 + bisect_right(range(1, never), share, key=lambda t: how.lr_factor(t, sqr_mom) or 0.)
     return None if step >= never else step
 
 def _share(r): return f'{r:.3f}' if r else 'momentum'
@@ -134,7 +134,7 @@ def warmup_report(
     if n_steps != int(n_steps) or n_steps < 1: raise ValueError(f"n_steps must be a whole number of at least 1, got {n_steps}")
     how,sqr_mom = _as_rectifier(opt)
     shape = None if schedule is None else schedule_shape(schedule, n_steps)
-    rect = np.array([math.nan if r is None else r for r in (how.rule(t, sqr_mom) for t in range(start+1, start+1+n_steps))])
+    rect = np.array([math.nan if r is None else r for r in (how.lr_factor(t, sqr_mom) for t in range(start+1, start+1+n_steps))])
     full = steps_to(how, sqr_mom, FULL)
     return WarmupReport(sqr_mom, start, rect, shape, steps_to(how, sqr_mom, 0.), full, list(_advice(how, sqr_mom, rect, shape, start)))
 

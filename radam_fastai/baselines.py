@@ -1,9 +1,9 @@
 """Adam, its warm-ups, Adam-2k, Adam with a large eps and momentum SGD, each as an `opt_func` on the same fused step
 
-RAdam claims to do without a warm-up, so it has to be held against Adam without one, against Adam with one, and against the simplest rules that do what it does for another reason. All of them are here, each with RAdam's step, hyper-parameters and state, so that a comparison differs in the rule and in nothing else:
+RAdam claims to do without a warm-up. So it has to be compared with Adam without one, with Adam with one, and with the simplest optimizers that do what it does for another reason. All of them are here, each with RAdam's step, hyper-parameters and state, so that a comparison differs only in the factor on the learning rate:
 
 - `AdamFn`: plain Adam. `AdamWarmupFn`: its learning rate rises over `n_steps`.
-- `AdamLinearFn`, `AdamExponentialFn`: the same, the length given by β2 (Ma & Yarats, arXiv:1910.04209), so there is nothing to tune.
+- `AdamLinearFn`, `AdamExponentialFn`: the same, but β2 gives the length (Ma & Yarats, arXiv:1910.04209), so there is nothing to tune.
 - `Adam2kFn`, `AdamEpsFn`: the two experiments by which Liu et al. (arXiv:1908.03265, section 3.1) argue that the variance of the first adaptive learning rates is to blame.
 - `SGDFn`: the momentum SGD that RAdam begins with, for ever.
 
@@ -25,7 +25,7 @@ from typing import Callable, Iterable
 from fastcore.basics import patch
 from torch import Tensor
 
-from .bucket import Buckets, fastai_keys
+from .bucket import Buckets, IntCounter, StateLayout
 from .checkpoint import check_count
 from .functional import as_number
 from .optimizer import AdamBase, RAdamFn, fastai_names
@@ -36,7 +36,7 @@ def no_warmup(
     step:int, # Updates so far, from 1
     sqr_mom:float, # Gradient squared moving average (β2) coefficient
 ) -> float: # 1
-    "The rule of plain Adam"
+    "The factor of plain Adam"
     return 1.
 
 def linear_warmup(
@@ -44,7 +44,7 @@ def linear_warmup(
     sqr_mom:float, # Gradient squared moving average (β2) coefficient
     n_steps:int, # Length of the warm-up in updates, at least 1
 ) -> float: # In (0, 1], 1 from step `n_steps` on
-    "The rule of Adam with a linear warm-up"
+    "The factor of Adam with a linear warm-up"
     return min(1., step/n_steps)
 
 # %% ../nbs/03_baselines.ipynb #3532f7d0
@@ -53,14 +53,14 @@ def after(
     sqr_mom:float, # Gradient squared moving average (β2) coefficient
     n_steps:int, # How many updates come first, at least 1
 ) -> float|None: # `None` up to step `n_steps`, then 1
-    "The rule of Adam-2k"
+    "The factor of Adam-2k"
     return None if step <= n_steps else 1.
 
 def never(
     step:int, # Updates so far, from 1
     sqr_mom:float, # Gradient squared moving average (β2) coefficient
 ) -> None:
-    "The rule of momentum SGD"
+    "The factor of momentum SGD"
 
 # %% ../nbs/03_baselines.ipynb #35035087
 class Adam(AdamBase):
@@ -75,20 +75,19 @@ class Adam(AdamBase):
         wd:Real=0.01, # Optional weight decay (true or L2), at least 0
         decouple_wd:bool=True, # Apply true weight decay (AdamW) or L2 regularization (Adam)
         *,
-        rule:Callable=no_warmup, # Factor on the learning rate at (step, sqr_mom), above 0, or `None`: no Adam step
+        lr_factor:Callable=no_warmup, # (step, sqr_mom) → factor on the learning rate, above 0, or `None`: no Adam step
         beta:float=0., # Set to enable SAdam: sharpness of its softplus
         eps_debiased:bool=True, # Add `eps` after debiasing (fastai, torch) or before (Liu et al.)
         sgd_phase:str='momentum', # Without a factor: 'momentum' SGD or 'skip' (see `radam_step_`)
         maximize:bool=False, # Ascend instead of descend
     ):
-        super().__init__(params, rule, decouple_wd=decouple_wd, scale_wd=True, eps_debiased=eps_debiased, sgd_phase=sgd_phase,
-                         maximize=maximize,
-                         lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, beta=beta)
+        super().__init__(params, lr_factor, decouple_wd=decouple_wd, scale_wd=True, eps_debiased=eps_debiased, sgd_phase=sgd_phase,
+                         maximize=maximize, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, beta=beta)
 
 # %% ../nbs/03_baselines.ipynb #871ec0a1
 AdamFn = partial(Adam, **RAdamFn.keywords)
-AdamLinearFn = partial(AdamFn, rule=untuned_linear)
-AdamExponentialFn = partial(AdamFn, rule=untuned_exponential)
+AdamLinearFn = partial(AdamFn, lr_factor=untuned_linear)
+AdamExponentialFn = partial(AdamFn, lr_factor=untuned_exponential)
 
 def AdamWarmupFn(
     params:Tensor|Iterable, # Model parameters, or lists of them (one per group)
@@ -98,40 +97,42 @@ def AdamWarmupFn(
 ) -> Adam:
     "Adam with a linear warm-up: the `n_steps`-th update is the first with the whole learning rate"
     check_count(n_steps, 'n_steps', least=1)
-    return AdamFn(params, lr, rule=partial(linear_warmup, n_steps=n_steps), **kwargs)
+    return AdamFn(params, lr, lr_factor=partial(linear_warmup, n_steps=n_steps), **kwargs)
 
 # %% ../nbs/03_baselines.ipynb #8b12ee71
-class _WaitBuckets(Buckets):
-    "Buckets whose members have waited for the same number of updates"
-    def _kind(self, group, p, s):
-        kind = super()._kind(group, p, s)
-        return kind._replace(counts=(*kind.counts, s.get('waited', 0)))
-
-    def _fresh(self, *args):
-        return super()._fresh(*args) and all(len({s.get('waited', 0) for s in b.states}) == 1 for b in self.buckets)
-
 class Adam2k(Adam):
-    "Adam that waits until its rule gives a factor, and counts in its state for how many updates it has"
+    "Adam that waits until there is a factor, and counts in its state for how many updates it has"
     def __init__(self, params, lr, sgd_phase, **kwargs):
         if sgd_phase not in ('wait', 'freeze'): raise ValueError(f"sgd_phase must be one of wait, freeze, got {sgd_phase!r}")
         super().__init__(params, lr, **kwargs)
         self.settings['sgd_phase'] = sgd_phase
-        self._buckets = _WaitBuckets(fastai_keys)
+        self._buckets = Buckets(StateLayout('grad_avg', 'sqr_avg', IntCounter, also=('waited',)))
 
-# %% ../nbs/03_baselines.ipynb #d54cc719
-@patch
-def _update(self:Adam2k, bucket, hypers):
-    "One update of all members of `bucket`, while they wait or afterwards"
-    t,waited,settings = bucket.counter.count+1,bucket.states[0].get('waited', 0),{**self.settings, 'sgd_phase': 'skip', 'scale_wd': False}
-    if self.settings['rule'](t, hypers['sqr_mom']) is None:
-        kept,bucket.grad_avgs = bucket.grad_avgs,[o.clone() for o in bucket.grad_avgs]
-        bucket.update(**hypers, **settings)
-        bucket.grad_avgs = kept
-        if self.settings['sgd_phase'] == 'freeze': return
-        for s in bucket.states: s['waited'] = waited+1
-    else:
-        unbias = (1 - hypers['mom']**t)/(1 - hypers['mom']**(t-waited))
-        bucket.update(**hypers, **{**settings, 'rule': lambda step, sqr_mom: unbias})
+    def _update(self, bucket, hypers):
+        "One update of all members of `bucket`, while they wait or afterwards"
+        t,waited = bucket.counter.count+1,bucket.states[0].get('waited', 0)
+        settings = {**self.settings, 'sgd_phase': 'skip', 'scale_wd': False}
+        if self.settings['lr_factor'](t, hypers['sqr_mom']) is None:
+            kept,bucket.grad_avgs = bucket.grad_avgs,[o.clone() for o in bucket.grad_avgs]
+            bucket.update(**hypers, **settings)
+            bucket.grad_avgs = kept
+            if self.settings['sgd_phase'] == 'freeze': return
+            for s in bucket.states: s['waited'] = waited+1
+        else:
+            unbias = (1 - hypers['mom']**t)/(1 - hypers['mom']**(t-waited))
+            bucket.update(**hypers, **{**settings, 'lr_factor': lambda step, sqr_mom: unbias})
+
+# %% ../nbs/03_baselines.ipynb #aef25634
+def Adam2kFn(
+    params:Tensor|Iterable, # Model parameters, or lists of them (one per group)
+    lr:float|slice, # Default learning rate, at least 0
+    n_steps:int=2000, # How many updates move the second moment alone, at least 1
+    sgd_phase:str='wait', # 'wait', or 'freeze': then debias the first moment as if it had not waited (the authors' code)
+    **kwargs # The further arguments of `Adam`
+) -> Adam:
+    "Adam after `n_steps` gradients for its second moment alone (section 3.1 of arXiv:1908.03265)"
+    check_count(n_steps, 'n_steps', least=1)
+    return Adam2k(params, lr, sgd_phase, lr_factor=partial(after, n_steps=n_steps), **{**RAdamFn.keywords, **kwargs})
 
 # %% ../nbs/03_baselines.ipynb #8d36062a
 @patch
@@ -145,18 +146,6 @@ def _check_fit(self:Adam2k, sd):
 @patch
 def _copy_state(self:Adam2k, p, s):
     return {k: int(v) if k == 'waited' else v for k,v in AdamBase._copy_state(self, p, s).items()}
-
-# %% ../nbs/03_baselines.ipynb #aef25634
-def Adam2kFn(
-    params:Tensor|Iterable, # Model parameters, or lists of them (one per group)
-    lr:float|slice, # Default learning rate, at least 0
-    n_steps:int=2000, # How many updates move the second moment alone, at least 1
-    sgd_phase:str='wait', # 'wait', or 'freeze': then debias the first moment as if it had not waited (the authors' code)
-    **kwargs # The further arguments of `Adam`
-) -> Adam:
-    "Adam after `n_steps` gradients for its second moment alone (section 3.1 of arXiv:1908.03265)"
-    check_count(n_steps, 'n_steps', least=1)
-    return Adam2k(params, lr, sgd_phase, rule=partial(after, n_steps=n_steps), **{**RAdamFn.keywords, **kwargs})
 
 # %% ../nbs/03_baselines.ipynb #5d1df743
 AdamEpsFn = partial(AdamFn, eps=1e-4, eps_debiased=False)

@@ -9,6 +9,7 @@ __all__ = []
 
 # %% ../nbs/20_bucket.ipynb #0cbd1a0a
 from collections.abc import Iterable, MutableMapping
+from dataclasses import dataclass
 from itertools import chain, zip_longest
 from operator import is_
 from typing import NamedTuple
@@ -65,13 +66,13 @@ class TensorCounter:
         self.all.fill_(self.count) # float32 cannot count beyond 2²⁴ by adding 1
 
 # %% ../nbs/20_bucket.ipynb #61d56833
+@dataclass
 class StateLayout:
     "How an optimizer keeps its averages and step count in the state of a parameter"
-    def __init__(self,
-        grad_avg:str, # Key of the running average of gradients
-        sqr_avg:str, # Key of the running average of squared gradients
-        counter:type, # Class of the counter that keeps `step`
-    ): self.grad_avg,self.sqr_avg,self.counter = grad_avg,sqr_avg,counter
+    grad_avg:str # Key of the running average of gradients
+    sqr_avg:str # Key of the running average of squared gradients
+    counter:type # Class of the counter that keeps `step`
+    also:tuple=() # Keys of further counts, 0 where missing
 
     def init(self, p:Tensor, state:dict) -> dict:
         "Start the averages of `p` in `state` where they are missing (other keys may be there first)"
@@ -86,11 +87,21 @@ torch_keys = StateLayout('exp_avg', 'exp_avg_sq', TensorCounter)
 class Kind(NamedTuple):
     "What all members of a `Bucket` have in common"
     group:int # Number of their parameter group
-    decays:bool # Is weight decay for them?
+    decays:bool # Does weight decay apply to them?
     fused:bool # Can the fused kernels update them?
     device:torch.device
     dtype:torch.dtype
-    counts:tuple # Updates so far, and what else an optimizer counts
+    counts:tuple # Updates so far, and what else the optimizer counts
+
+@patch
+def kind_of(self:StateLayout, group:int, p:Tensor, s:dict) -> Kind:
+    "The kind of `p`; its state `s` is completed, and its averages follow it to another device or memory order"
+    self.init(p, s)
+    order = layout(torch.empty_like(p, device='meta'))
+    for k in (self.grad_avg, self.sqr_avg):
+        if s[k].device != p.device or layout(s[k]) != order: s[k] = copy_like(s[k], p)
+    fused = can_fuse(p, s[self.grad_avg], s[self.sqr_avg])
+    return Kind(group, bool(s.get('do_wd', True)), fused, p.device, p.dtype, tuple(int(s.get(k, 0)) for k in ('step', *self.also)))
 
 # %% ../nbs/20_bucket.ipynb #81d7b048
 def _order(tensors):
@@ -125,6 +136,7 @@ class Bucket:
         "Whether all members still have a gradient, and nothing else that the bucket refers to has been replaced"
         if self.grad_order is None or self._places() != self.places or self._orders() != self.orders: return False
         if {s.get('do_wd', True) for s in self.states} != {self.decays}: return False
+        if any(len({s.get(k, 0) for s in self.states}) > 1 for k in self.keys.also): return False
         ga,sa,held = self.keys.grad_avg,self.keys.sqr_avg,zip(self.states, self.grad_avgs, self.sqr_avgs)
         try: return self.counter.intact() and all([s[ga] is m and s[sa] is v for s,m,v in held])
         except (KeyError, TypeError): return False # a state was emptied, or counts in something else
@@ -150,7 +162,7 @@ def update(self:Bucket, *,
     for part in ([[o] for o in one] for one in zip(*lists)) if foreach is False else [lists]:
         radam_step_(*part, self.counter.count+1, wd=wd if self.decays else 0., fused=self.fused and foreach is None, small=self.small,
                     kernel_step=self.kernel_step, **kwargs)
-    self.grads = [] # or `zero_grad` would release nothing
+    self.grads = [] # or their memory would stay in use after `zero_grad`
     self.counter.advance()
 
 # %% ../nbs/20_bucket.ipynb #492c2968
@@ -190,17 +202,7 @@ class Buckets:
         for i,pg in enumerate(param_lists):
             for p in pg:
                 if p.grad is None: idle.append(p)
-                else: groups.setdefault(self._kind(i, p, state[p]), []).append((p, state[p]))
+                else: groups.setdefault(self.keys.kind_of(i, p, state[p]), []).append((p, state[p]))
         self.buckets = [Bucket(self.keys, kind, *map(list, zip(*o))) for kind,o in groups.items()]
         self.sizes,self.params,self.idle,self.states = list(map(len, param_lists)),params,idle,list(state.values())
         for b in self.buckets: b.collect()
-
-    def _kind(self, group, p, s):
-        "The kind of `p`, whose averages follow it to another device or memory order"
-        self.keys.init(p, s)
-        keys = self.keys.grad_avg,self.keys.sqr_avg
-        order = layout(torch.empty_like(p, device='meta'))
-        for k in keys:
-            if s[k].device != p.device or layout(s[k]) != order: s[k] = copy_like(s[k], p)
-        fused = can_fuse(p, *(s[k] for k in keys))
-        return Kind(group, bool(s.get('do_wd', True)), fused, p.device, p.dtype, (int(s['step']),))

@@ -27,7 +27,7 @@ def cannot_write(
 ) -> WriteError: # To be raised
     "Why `path` could not be written, in one line"
     why = getattr(e, 'strerror', None) or str(e)
-    res = WriteError(f"could not write {path}: {why}; what was written before is whole")
+    res = WriteError(f"could not write {path}: {why}; what was there before is unchanged")
     res.errno,res.strerror = getattr(e, 'errno', None),why
     return res
 

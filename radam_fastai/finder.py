@@ -34,7 +34,7 @@ def _check_finder(opt, num_it):
     how = find_rectifier(opt)
     if not how: raise ValueError(f"{no_rectifier(opt)}: use learn.lr_find")
     sqr_mom = read(how, 0, opt.hypers[-1]).sqr_mom
-    if how.rule(updates_made(opt) + num_it//10 + 1, sqr_mom) is None:
+    if how.lr_factor(updates_made(opt) + num_it//10 + 1, sqr_mom) is None:
         raise ValueError(f"num_it={num_it} with sqr_mom={sqr_mom:g}: suggestions ignore the first tenth of the updates, "
                          "which has to cover the momentum phase. Use a larger num_it, or learn.lr_find if sqr_mom is too small to rectify "
                          "at all")

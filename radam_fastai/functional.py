@@ -2,7 +2,7 @@
 
 This notebook begins with RAdam as the paper has it, in a dozen lines, one tensor at a time: `radam_reference`. What follows is the same update for lists of tensors, at the speed of one kernel.
 
-RAdam needs no kernel of its own. Once rectification is on, its update is AdamW's with learning rate `lr * r_t`; PyTorch already ships that as one fused kernel for the CPU and for CUDA. `radam_step_` hands it the right scalars, and takes the few momentum steps at the start, and whatever the kernel does not cover, through `torch._foreach_*`. Where the factor comes from is a `rule`, so the same step serves Adam, with or without a warm-up. Every optimizer of this package, fastai's way or torch's, with or without Lookahead, takes its steps here.
+RAdam needs no kernel of its own. Once rectification is on, its update is AdamW's with learning rate `lr * r_t`, and PyTorch ships that as one fused kernel for the CPU and for CUDA. `radam_step_` hands it the right scalars. The few momentum steps at the start, and whatever the kernel does not cover, go through `torch._foreach_*`. The factor on the learning rate comes from a function, `lr_factor`, so the same step serves Adam, with or without a warm-up. Every optimizer of this package takes its steps here: fastai's kind and torch's, with and without Lookahead.
 
 Source: Algorithm 2 of Liu et al., arXiv:1908.03265; decoupled weight decay: Loshchilov & Hutter, arXiv:1711.05101; the softplus denominator (`beta`): Tong et al., arXiv:1908.00700."""
 
@@ -13,6 +13,7 @@ __all__ = ['radam_reference', 'radam_step_']
 
 # %% ../nbs/01_functional.ipynb #7037ce6a
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
@@ -61,7 +62,7 @@ def as_number(v):
 
 def as_float(
     v, # A number, or a tensor of one element
-    what:str, # To be named
+    what:str, # Its name, for the error
 ) -> float: # An integer beyond all floats is infinite
     "`v` as a float, or a `ValueError`"
     v = as_number(v)
@@ -93,15 +94,23 @@ def check_hypers(
 sgd_phases = 'momentum','skip'
 
 def check_settings(
-    rule:Callable, # Gives the factor: `rule(step, sqr_mom)`
+    lr_factor:Callable, # Gives the factor: `lr_factor(step, sqr_mom)`
     sgd_phase:str, # One of `sgd_phases`
 ):
     "Raise an error that names the first setting that cannot be used"
-    if not callable(rule): raise TypeError(f"rule must be a function of step and sqr_mom, got {rule!r}")
+    if not callable(lr_factor): raise TypeError(f"lr_factor must be a function of step and sqr_mom, got {lr_factor!r}")
     if sgd_phase not in sgd_phases: raise ValueError(f"sgd_phase must be one of {', '.join(sgd_phases)}, got {sgd_phase!r}")
 
+def renamed(
+    kwargs:dict, # Settings
+) -> dict: # The same; `lr_factor` under its present name
+    "Accept `rule`, the former name of `lr_factor`, with a warning"
+    if 'rule' not in kwargs: return kwargs
+    warnings.warn('rule is called lr_factor now', DeprecationWarning, stacklevel=3)
+    return {'lr_factor' if k == 'rule' else k: v for k,v in kwargs.items()}
+
 # %% ../nbs/01_functional.ipynb #d4bd45a9
-SMALL = 4096 # elements: so few are updated before a second thread is awake
+SMALL = 4096 # elements: below this size, one thread finishes before a second one starts
 
 @lru_cache(maxsize=None)
 def _openmp(): return ThreadpoolController().select(user_api='openmp').lib_controllers
@@ -109,7 +118,7 @@ def _openmp(): return ThreadpoolController().select(user_api='openmp').lib_contr
 @contextmanager
 def one_openmp_thread():
     "Let OpenMP regions that the calling thread starts run on that thread alone; other threads are not affected"
-    torch.get_num_threads() # sets the number of a new thread up, which may not have asked before
+    torch.get_num_threads() # a new thread has no number of its own before it asks
     before = [(o, o.num_threads) for o in _openmp()]
     for o,_ in before: o.set_num_threads(1)
     try: yield
@@ -212,10 +221,10 @@ def _adam_(params, grad_avgs, sqr_avgs, step, *, lr, mom, sqr_mom, eps, beta):
     torch._foreach_addcdiv_(params, grad_avgs, denoms, -lr/(1 - mom**step))
 
 # %% ../nbs/01_functional.ipynb #8cb7c3d5
-def _factor(rule, step, sqr_mom):
-    "What `rule` gives, a positive number or `None`"
-    r = rule(step, sqr_mom)
-    if r is not None and not 0 < r < math.inf: raise ValueError(f"the rule must give a positive number or None, got {r} at step {step}")
+def _factor(lr_factor, step, sqr_mom):
+    "What `lr_factor` gives, a positive number or `None`"
+    r = lr_factor(step, sqr_mom)
+    if r is not None and not 0 < r < math.inf: raise ValueError(f"lr_factor must give a positive number or None, got {r} at step {step}")
     return r
 
 # %% ../nbs/01_functional.ipynb #cf658fb2
@@ -235,7 +244,7 @@ def radam_step_(
     beta:float=0., # Softplus sharpness (SAdam), 0 for none
     decouple_wd:bool=True, # Decoupled weight decay or L2 regularization
     threshold:float=5., # The adaptive phase needs rho above this
-    rule:Callable|None=None, # Factor on `lr` at (`step`, `sqr_mom`), above 0, or `None`; left out: `rectification` with `threshold`
+    lr_factor:Callable|None=None, # (`step`, `sqr_mom`) → factor on `lr`, above 0, or `None`; left out: `rectification` with `threshold`
     scale_wd:bool=False, # Does the factor scale decoupled weight decay, too?
     eps_debiased:bool=True, # Add `eps` after debiasing (fastai) or before (torch)
     sgd_phase:str='momentum', # Without a factor: 'momentum' steps, or 'skip': the averages alone move
@@ -243,10 +252,12 @@ def radam_step_(
     fused:bool|None=None, # Use the fused kernel? `None`: wherever it is right
     small:bool=False, # Keep the CPU kernel on one thread: for tensors of up to `SMALL` elements
     kernel_step:Tensor|None=None, # Float32, one element on the device, kept for the kernel's count; made if left out
+    rule:Callable|None=None, # Former name of `lr_factor`
 ):
     "One RAdam update in place (Algorithm 2 of arXiv:1908.03265) of tensors that share a step count; see `check_hypers` for the ranges"
     if not params: return
-    r = rectification(step, sqr_mom, threshold) if rule is None else _factor(rule, step, sqr_mom)
+    if rule is not None: lr_factor = renamed(dict(rule=rule))['lr_factor']
+    r = rectification(step, sqr_mom, threshold) if lr_factor is None else _factor(lr_factor, step, sqr_mom)
     if not eps_debiased: eps /= math.sqrt(1 - sqr_mom**step)
     adam = dict(mom=mom, sqr_mom=sqr_mom, eps=eps)
     lr_mult = r or 1.

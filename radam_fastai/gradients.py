@@ -42,7 +42,7 @@ def layer_parameters(
     for layer in layers:
         if layer in known: continue
         near = get_close_matches(layer, known) or known[:10]
-        raise ValueError(f"no layer {layer!r} with parameters in the model; names that come near: {', '.join(map(repr, near))}")
+        raise ValueError(f"no layer {layer!r} with parameters in the model; similar names: {', '.join(map(repr, near))}")
     return list(dict.fromkeys(p for n,p in named.items() if any(f'{n}.'.startswith(f'{l}.') for l in layers)))
 
 # %% ../nbs/12_gradients.ipynb #33cd38aa

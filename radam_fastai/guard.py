@@ -133,6 +133,7 @@ def check_writable(
         with tempfile.NamedTemporaryFile(prefix=path.name, dir=path.parent): pass # named, so that a bad name is an error
     except OSError as e: raise type(e)(f"cannot write a model to {path}: {e.strerror}") from None
 
+# %% ../nbs/15_guard.ipynb #52ea9168
 class _Saver(_Undo):
     "Saves model and optimizer at `path`, if they are sound"
     def __init__(self, path):
@@ -211,7 +212,7 @@ def read_file(
         return load(path)
     except (FileNotFoundError, PermissionError, IsADirectoryError): raise # they name the file
     except Exception as e: # of a damaged file, PyTorch and pickle raise anything
-        why = 'it is not only data' if isinstance(e, pickle.UnpicklingError) else str(e).strip().split('\n')[0]
+        why = 'it contains more than data' if isinstance(e, pickle.UnpicklingError) else str(e).strip().split('\n')[0]
         raise ValueError(f'{path} is not a whole checkpoint ({why})') from e
 
 # %% ../nbs/15_guard.ipynb #1d943e4f

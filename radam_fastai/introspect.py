@@ -16,6 +16,7 @@ from typing import Callable, NamedTuple
 import torch
 from fastai.optimizer import Optimizer, OptimWrapper
 
+from .functional import renamed
 from .rectify import rectification, rho
 
 # %% ../nbs/22_introspect.ipynb #1500cb53
@@ -30,9 +31,11 @@ def innermost(
 # %% ../nbs/22_introspect.ipynb #d356f0c9
 class Rectifier(NamedTuple):
     "How an optimizer rectifies; false if that is not known"
-    rule:Callable|None # (step, sqr_mom) → r_t, or `None` in the momentum phase
+    lr_factor:Callable|None # (step, sqr_mom) → r_t, or `None` in the momentum phase
     sgd_phase:str='momentum' # What an update is then: 'momentum' (SGD), or 'skip'
-    def __bool__(self): return self.rule is not None
+    def __bool__(self): return self.lr_factor is not None
+    @property
+    def rule(self): return renamed(dict(rule=self.lr_factor))['lr_factor'] # its former name
 
 _known = { # package: the threshold of its RAdam for ρ, and what an update is below that
     **dict.fromkeys(('fastai', 'fastxtend', 'torch', 'radam_fastai', 'optimi', 'timm'), lambda opt: (5, 'momentum')),
@@ -51,7 +54,7 @@ def find_rectifier(
     "How `opt` rectifies, if it does"
     opt = innermost(opt)
     settings = getattr(opt, 'settings', None) or {}
-    if 'rule' in settings: return Rectifier(settings['rule'], settings['sgd_phase']) # an `AdamBase`
+    if 'lr_factor' in settings: return Rectifier(settings['lr_factor'], settings['sgd_phase']) # an `AdamBase`
     parts = _radam_parts(opt)
     for o in parts:
         package = o.__module__.split('.')[0]
@@ -132,7 +135,7 @@ def read(
     lr,mom,sqr_mom = (float(hyper.get(k, hyper.get(other, math.nan))) for k,other in (('lr', 'lr'), ('mom', 'beta1'), ('sqr_mom', 'beta2')))
     if not how: return Reading(math.nan, math.nan, not math.isnan(sqr_mom), lr, lr if how is None else math.nan, mom, sqr_mom)
     if step == 0: return Reading(math.nan, math.nan, False, lr, 0., mom, sqr_mom)
-    r = how.rule(step, sqr_mom)
+    r = how.lr_factor(step, sqr_mom)
     idle = lr if how.sgd_phase == 'momentum' else 0.
     return Reading(rho(step, sqr_mom), math.nan if r is None else r, r is not None, lr, idle if r is None else lr*r, mom, sqr_mom)
 

@@ -15,16 +15,8 @@ import warnings
 from importlib import import_module
 from importlib.util import find_spec
 
-from fastai.callback.core import (
-    Callback,
-    CancelBackwardException,
-    CancelBatchException,
-    CancelEpochException,
-    CancelFitException,
-    CancelStepException,
-    CancelTrainException,
-    CancelValidException,
-)
+from fastai.callback import core
+from fastai.callback.core import Callback
 
 from .recorder import PUBLISHED, RectifierRecorder
 from .watching import _sit_out
@@ -56,8 +48,7 @@ class LogRectifier(Callback):
         except Exception as e: _sit_out(self, 'LogRectifier failed in after_batch', e)
 
 # %% ../nbs/11_loggers.ipynb #8568df1f
-_CONTROL = (CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException,
-            CancelStepException, CancelTrainException, CancelValidException) # by which callbacks steer a fit
+_CONTROL = tuple(getattr(core, f'Cancel{o}Exception') for o in 'Backward Batch Epoch Fit Step Train Valid'.split()) # they steer a fit
 
 class FailSafe(Callback):
     "Wrap a callback so that its failure ends its own part in a fit, not the fit"

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .bucket import Buckets, fastai_keys
 from .checkpoint import check_count, check_fit, check_slow_weights, hyper_names, keep_flags, plain_hypers, read_state
-from .functional import check_hypers, check_settings, copy_like
+from .functional import check_hypers, check_settings, copy_like, renamed
 from .rectify import check_threshold, rectification
 
 # %% ../nbs/02_optimizer.ipynb #8326908d
@@ -50,21 +50,27 @@ _fastai_name = {'betas': 'mom and sqr_mom', 'weight_decay': 'wd', 'decoupled_wei
 def fastai_names(
     init, # `__init__` of an optimizer
 ): # The same, with its signature
-    "Have `init` answer PyTorch's names with a `TypeError` that gives fastai's"
+    "Have `init` answer PyTorch's names with a `TypeError` that gives fastai's, and former names with a warning"
     @wraps(init)
     def _init(self, *args, **kwargs):
         if theirs := [k for k in kwargs if k in _fastai_name]:
             raise TypeError(f"{type(self).__name__} has fastai's names: for {', '.join(theirs)} use "
                             f"{', '.join(_fastai_name[k] for k in theirs)}")
-        init(self, *args, **kwargs)
+        init(self, *args, **renamed(kwargs))
     return _init
 
 # %% ../nbs/02_optimizer.ipynb #b37744cb
+class _Settings(dict):
+    def __missing__(self, k):
+        if k != 'rule': raise KeyError(k)
+        return renamed({k: self['lr_factor']})['lr_factor'] # its former name
+
 class AdamBase(Optimizer):
-    "Adam with a factor on its learning rate that a `rule` gives for every step"
+    "Adam with a factor on its learning rate, which a function gives for every step"
+    @fastai_names
     def __init__(self,
         params:Tensor|Iterable, # Model parameters, or lists of them (one per group)
-        rule:Callable, # Factor on the learning rate at (step, sqr_mom), above 0, or `None`; `Learner.export` needs a named function
+        lr_factor:Callable, # (step, sqr_mom) → factor on the learning rate, above 0, or `None`; `Learner.export` needs a named function
         *,
         decouple_wd:bool=True, # Apply true weight decay or L2 regularization
         scale_wd:bool=False, # Does the factor scale true weight decay, too?
@@ -73,12 +79,43 @@ class AdamBase(Optimizer):
         maximize:bool=False, # Ascend instead of descend
         **hypers # lr, mom, sqr_mom, eps, wd and beta
     ):
-        check_settings(rule, sgd_phase)
+        check_settings(lr_factor, sgd_phase)
         super().__init__(check_params(params), [], **hypers)
-        self.settings = dict(rule=rule, decouple_wd=decouple_wd, scale_wd=scale_wd, eps_debiased=eps_debiased, sgd_phase=sgd_phase,
-                             maximize=maximize)
+        self.settings = _Settings(lr_factor=lr_factor, decouple_wd=decouple_wd, scale_wd=scale_wd, eps_debiased=eps_debiased,
+                                  sgd_phase=sgd_phase, maximize=maximize)
         self._buckets = Buckets(fastai_keys)
         self._checked_hypers()
+
+    def _checked_hypers(self):
+        "The hyper-parameters of each group as floats in their ranges"
+        return [check_hypers(**{k: h[k] for k in hyper_names}) for h in self.hypers]
+
+    def __setstate__(self, state): vars(self).update(state, settings=_Settings(renamed(state['settings'])))
+
+# %% ../nbs/02_optimizer.ipynb #731e6278
+@patch
+@torch.compiler.disable
+def step(self:AdamBase, closure=None):
+    "Update every parameter that has a gradient"
+    if closure is not None: raise NotImplementedError("fastai optimizers currently do not support closure")
+    hypers = self._checked_hypers()
+    for b in self._buckets(self.param_lists, self.state): self._update(b, hypers[b.group])
+
+@patch
+def _update(self:AdamBase, bucket, hypers): bucket.update(**hypers, **self.settings)
+
+# %% ../nbs/02_optimizer.ipynb #f57f49e8
+@patch
+def zero_grad(self:AdamBase):
+    "Release the gradients of all parameters"
+    for pg in self.param_lists:
+        for p in pg: p.grad = None
+
+@patch
+def clear_state(self:AdamBase):
+    "Forget averages and step counts, but not fastai's flags (`do_wd`, `force_train`)"
+    self._buckets.forget()
+    super(AdamBase, self).clear_state()
 
 # %% ../nbs/02_optimizer.ipynb #2d11d4b5
 class RAdam(AdamBase):
@@ -101,39 +138,7 @@ class RAdam(AdamBase):
     ):
         check_threshold(threshold)
         super().__init__(params, partial(rectification, threshold=threshold), decouple_wd=decouple_wd, eps_debiased=eps_debiased,
-                         sgd_phase=sgd_phase,                          maximize=maximize, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd,
-                         beta=beta)
-
-# %% ../nbs/02_optimizer.ipynb #731e6278
-@patch
-def _checked_hypers(self:AdamBase) -> list[dict]:
-    "The hyper-parameters of each group as floats in their ranges"
-    return [check_hypers(**{k: h[k] for k in hyper_names}) for h in self.hypers]
-
-@patch
-@torch.compiler.disable
-def step(self:AdamBase, closure=None):
-    "Update every parameter that has a gradient"
-    if closure is not None: raise NotImplementedError("fastai optimizers currently do not support closure")
-    hypers = self._checked_hypers()
-    for b in self._buckets(self.param_lists, self.state): self._update(b, hypers[b.group])
-
-@patch
-def _update(self:AdamBase, bucket, hypers): bucket.update(**hypers, **self.settings)
-
-# %% ../nbs/02_optimizer.ipynb #f57f49e8
-@patch
-def zero_grad(self:AdamBase):
-    "Release the gradients of all parameters"
-    for pg in self.param_lists:
-        for p in pg: p.grad = None
-
-# %% ../nbs/02_optimizer.ipynb #98f83281
-@patch
-def clear_state(self:AdamBase):
-    "Forget averages and step counts, but not fastai's flags (`do_wd`, `force_train`)"
-    self._buckets.forget()
-    super(AdamBase, self).clear_state()
+                         sgd_phase=sgd_phase, maximize=maximize, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, beta=beta)
 
 # %% ../nbs/02_optimizer.ipynb #b5205d38
 @patch

@@ -26,6 +26,7 @@ from .checkpoint import readings
 from .files import append_whole
 from .introspect import find_rectifier, innermost, no_rectifier, param_counts, read
 from .plot import new_axes, plot_lr, plot_rect
+from .torch_optim import _WriteThrough
 from .watching import _StepWatcher, in_finder
 
 # %% ../nbs/10_recorder.ipynb #43de6969
@@ -65,17 +66,6 @@ def _frame(data, columns):
 # %% ../nbs/10_recorder.ipynb #03bdb869
 PUBLISHED = readings # r_t and the effective learning rate
 
-class _ShownHypers(dict):
-    "A group's hyper-parameters plus the numbers `shown`; setting one sets it in the group"
-    def __init__(self, hyper, shown):
-        super().__init__({**hyper, **shown})
-        self.hyper = hyper
-    def __setitem__(self, k, v):
-        self.hyper[k] = v
-        super().__setitem__(k, v)
-    def update(self, *args, **kwargs):
-        for k,v in dict(*args, **kwargs).items(): self[k] = v
-
 class _ShownOpt:
     "A view of an optimizer whose `hypers` also contain the numbers `shown` for each group"
     def __init__(self, opt, shown): vars(self).update(_opt=opt, _shown=shown)
@@ -84,7 +74,7 @@ class _ShownOpt:
     def __setattr__(self, k, v): setattr(self._opt, k, v)
     def __reduce_ex__(self, protocol): return self._opt.__reduce_ex__(protocol) # a copy is one of the optimizer
     @property
-    def hypers(self): return [_ShownHypers(h, self._shown.get(i, {})) for i,h in enumerate(self._opt.hypers)]
+    def hypers(self): return [_WriteThrough({**h, **self._shown.get(i, {})}, h.__setitem__) for i,h in enumerate(self._opt.hypers)]
 
 # %% ../nbs/10_recorder.ipynb #e8dd4cf7
 def _call_showing(learn, rec, event_name):

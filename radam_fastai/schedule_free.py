@@ -48,6 +48,7 @@ def _check(group):
     check_hypers(lr=group['lr'], mom=mom, sqr_mom=sqr_mom, eps=group['eps'], wd=group['weight_decay'])
     if mom == 0: raise ValueError("mom (β1) must be above 0 without a schedule: it is the share of the average in the weights that train")
 
+# %% ../nbs/05_schedule_free.ipynb #30482213
 class RAdamScheduleFree(RAdamWrapper):
     "`schedulefree.RAdamScheduleFree` for `Learner(opt_func=...)`; its `Learner` needs the callback `ScheduleFree`"
     def __init__(self,
@@ -129,6 +130,7 @@ def _check_state(sd, opt):
             if t is not None and t.shape != p.shape:
                 raise ValueError(f"{k} of parameter {i} has shape {tuple(t.shape)}, the parameter {tuple(p.shape)}")
 
+# %% ../nbs/05_schedule_free.ipynb #3b3aadbc
 @patch
 def state_dict(self:RAdamScheduleFree) -> dict:
     "The library's state, with the parameters at x"

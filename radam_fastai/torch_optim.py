@@ -1,4 +1,4 @@
-"""The same rule as a `torch.optim.Optimizer`, and an `OptimWrapper` that brings it to a `Learner` without losing what fastai knows about its parameters
+"""The same update as a `torch.optim.Optimizer`, and an `OptimWrapper` that brings it to a `Learner` without losing what fastai knows about its parameters
 
 For training loops without fastai, and for tools that expect PyTorch's own optimizers (schedulers, accelerate, distributed checkpoints), `RAdam` here has the arguments, the parameter groups and the state of `torch.optim.RAdam`, and gives its numbers. `RAdamWrapper` takes it into a fastai `Learner`.
 
@@ -12,6 +12,7 @@ __all__ = ['RAdam', 'RAdamWrapper']
 
 # %% ../nbs/04_torch_optim.ipynb #95fea8b7
 from collections import defaultdict
+from functools import partial
 from itertools import count
 
 import numpy as np
@@ -24,6 +25,18 @@ from torch import Tensor
 from .bucket import Buckets, torch_keys
 from .checkpoint import check_fit, hyper_names, keep_flags, read_state, readings
 from .functional import check_hypers, copy_like
+
+# %% ../nbs/04_torch_optim.ipynb #8ac32b70
+def _hypers(group):
+    "The hyper-parameters of a torch parameter `group`, in their ranges"
+    for k in ('capturable', 'differentiable'):
+        if group[k]: raise ValueError(f"{k}=True is not available here (the rectifier is computed on the host): use torch.optim.RAdam")
+    betas = group['betas']
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2: raise ValueError(f"betas must be two numbers, got {betas!r}")
+    return check_hypers(lr=group['lr'], mom=betas[0], sqr_mom=betas[1], eps=group['eps'], wd=group['weight_decay'])
+
+def _settings(group):
+    return dict(decouple_wd=group['decoupled_weight_decay'], maximize=group['maximize'], foreach=group['foreach'], eps_debiased=False)
 
 # %% ../nbs/04_torch_optim.ipynb #200f3859
 class RAdam(torch.optim.Optimizer):
@@ -46,24 +59,12 @@ class RAdam(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, decoupled_weight_decay=decoupled_weight_decay,
                                       foreach=foreach, maximize=maximize, capturable=capturable, differentiable=differentiable))
 
+    def add_param_group(self, param_group:dict):
+        "Check the hyper-parameters of a group, and add it"
+        _hypers({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
 # %% ../nbs/04_torch_optim.ipynb #1a6d1b53
-def _hypers(group):
-    "The hyper-parameters of a torch parameter `group`, in their ranges"
-    for k in ('capturable', 'differentiable'):
-        if group[k]: raise ValueError(f"{k}=True is not available here (the rectifier is computed on the host): use torch.optim.RAdam")
-    betas = group['betas']
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2: raise ValueError(f"betas must be two numbers, got {betas!r}")
-    return check_hypers(lr=group['lr'], mom=betas[0], sqr_mom=betas[1], eps=group['eps'], wd=group['weight_decay'])
-
-def _settings(group):
-    return dict(decouple_wd=group['decoupled_weight_decay'], maximize=group['maximize'], foreach=group['foreach'], eps_debiased=False)
-
-@patch
-def add_param_group(self:RAdam, param_group:dict):
-    "Add a group, after a look at its hyper-parameters"
-    _hypers({**self.defaults, **param_group})
-    torch.optim.Optimizer.add_param_group(self, param_group)
-
 @patch
 @torch.compiler.disable
 @torch.no_grad()
@@ -123,14 +124,14 @@ def load_state_dict(self:RAdam,
             elif isinstance(v, Tensor): s[k] = v.clone()
     for p in old: self.state[p] = {**keep_flags(old[p]), **self.state[p]}
 
-# %% ../nbs/04_torch_optim.ipynb #36759727
-class _GroupHypers(dict):
-    "The hyper-parameters of a torch group under fastai's names; setting one sets it in the group"
-    def __init__(self, values, group, names):
+# %% ../nbs/04_torch_optim.ipynb #c4f387a5
+class _WriteThrough(dict):
+    "Hyper-parameters of a group; to set one also calls `write(name, value)`"
+    def __init__(self, values, write):
         super().__init__(values)
-        self.group,self.names = group,names
+        self.write = write
     def __setitem__(self, k, v):
-        set_item_pg(self.group, self.names[k], v)
+        self.write(k, v)
         super().__setitem__(k, v)
     def update(self, *args, **kwargs):
         for k,v in dict(*args, **kwargs).items(): self[k] = v
@@ -138,6 +139,7 @@ class _GroupHypers(dict):
         self.update(other)
         return self
 
+# %% ../nbs/04_torch_optim.ipynb #36759727
 class RAdamWrapper(OptimWrapper):
     "`RAdam` for `Learner(..., opt_func=RAdamWrapper)`, honouring fastai's `do_wd`"
     def __init__(self,
@@ -166,7 +168,9 @@ class RAdamWrapper(OptimWrapper):
     @property
     def hypers(self): # of numbers alone: what a schedule can change, and a logger can draw
         numbers = ({k:v for k,v in h.items() if v is not None and not isinstance(v, bool)} for h in super().hypers)
-        return [_GroupHypers(h, g, self.bwd_map) for h,g in zip(numbers, self.opt.param_groups)]
+        return [_WriteThrough(h, partial(self._write, g)) for h,g in zip(numbers, self.opt.param_groups)]
+
+    def _write(self, group, k, v): set_item_pg(group, self.bwd_map[k], v)
 
     def _set_hyper(self, k, v):
         # a schedule's, which would not load under `weights_only`

@@ -178,14 +178,6 @@ def test_momentum_is_called_that():
     assert report.adaptive_mean == pytest.approx(np.mean(r)) and f'over the adaptive updates {np.mean(r):.3f}' in str(report)
     assert not any('never used' in o for b in (.5, .99, .999) for o in warmup_report(b, 40, 'one_cycle').advice)
 
-def test_everything_is_said_once_a_fit(capsys):
-    learn = get_learner(partial(RAdam, sqr_mom=.999))
-    with warnings.catch_warnings():
-        warnings.simplefilter('error', UserWarning)
-        learn.fit_one_cycle(2, .01)
-    out = capsys.readouterr().out
-    for advice in warmup_report(.999, 32, 'one_cycle').advice: assert out.count(advice) == 1
-
 def test_fine_tune_is_seen_coming(capsys):
     "While the body is frozen, once; not when all is trained"
     learn = get_learner(RAdam, splitter=lambda m: [[m.weight], [m.bias]])

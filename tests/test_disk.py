@@ -43,7 +43,7 @@ def test_full_at_any_moment(disk, tmp_path):
     rng = random.Random(0)
     for i in range(100 if FULL else 12):
         ballast = fill(disk, room=int(rng.uniform(0, .95)*need))
-        with pytest.raises(OSError, match='could not write .*: No space left on device; what was written before is whole'):
+        with pytest.raises(OSError, match='could not write .*: No space left on device; what was there before is unchanged'):
             small_job(out)
         with warnings.catch_warnings():
             warnings.simplefilter('error') # a part of a record

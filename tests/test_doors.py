@@ -2,12 +2,18 @@
 import pickle
 
 import pytest
+import torch
+from torch import nn
 
 import radam_fastai.advisor
 import radam_fastai.all
 import radam_fastai.baselines
 import radam_fastai.callback
 import radam_fastai.introspect
+from radam_fastai.baselines import AdamFn
+from radam_fastai.functional import radam_step_
+from radam_fastai.introspect import find_rectifier
+from radam_fastai.optimizer import AdamBase
 from radam_fastai.recipes.demo import get_learner
 
 CALLBACKS = 'RectifierRecorder LogTo KeepGoing GradientHistogram AdaptiveLRVariance StopOnNonFinite'.split()
@@ -35,6 +41,31 @@ def test_former_callbacks_are_the_new_ones():
         arg = radam_fastai.all.WarmupAdvisor() if now == 'FailSafe' else print
         with pytest.warns(DeprecationWarning, match=f'{name} is called {now} now'): cb = former(arg)
         assert isinstance(cb, cls) and isinstance(pickle.loads(pickle.dumps(cb)), cls)
+
+def old(f, *args, **kwargs):
+    "What `f` gives for a former name, once it has warned"
+    with pytest.warns(DeprecationWarning, match='rule is called lr_factor now'): return f(*args, **kwargs)
+
+def half(step, sqr_mom): return .5
+
+def test_rule_is_now_called_lr_factor():
+    def p(): return [nn.Parameter(torch.ones(1))]
+    hypers = dict(lr=.1, mom=.9, sqr_mom=.99, eps=1e-5, wd=0., beta=0.)
+    for opt in (old(AdamBase, p(), rule=half, **hypers), old(AdamFn, p(), lr=.1, rule=half)):
+        assert opt.settings['lr_factor'] is old(opt.settings.__getitem__, 'rule') is old(getattr, find_rectifier(opt), 'rule') is half
+    ps = torch.ones(1),torch.ones(1),torch.zeros(1),torch.zeros(1)
+    old(radam_step_, *([o] for o in ps), 1, lr=.1, mom=.9, sqr_mom=.99, eps=0., rule=half)
+    assert ps[0].item() == pytest.approx(1-.1*.5)
+    with pytest.raises(KeyError): opt.settings['threshold']
+
+def test_an_optimizer_pickled_with_a_rule_steps():
+    opt = AdamFn([nn.Parameter(torch.ones(1))], lr=.1, wd=0., lr_factor=half)
+    opt.settings = {('rule' if k == 'lr_factor' else k): v for k,v in opt.settings.items()}
+    opt = old(pickle.loads, pickle.dumps(opt))
+    (p,), = opt.param_lists
+    p.grad = torch.ones(1)
+    opt.step()
+    assert p.item() == pytest.approx(1-.1*.5)
 
 def test_a_recorder_that_was_exported_before_continues():
     "It kept the step counts of each group in a list"

@@ -103,7 +103,7 @@ def test_contenders_honour_their_settings(opt):
                                                                                                     lr=.1)
     want = dict(mom=.8, wd=.2) if opt == 'sgd' else dict(mom=.8, sqr_mom=.95, eps=1e-3, wd=.2)
     assert {k: o.hypers[0][k] for k in want} == want
-    if n: assert o.settings['rule'].keywords == n
+    if n: assert o.settings['lr_factor'].keywords == n
 
 # Tables
 

@@ -8,18 +8,9 @@ import fastai.optimizer as fo
 import numpy as np
 import pytest
 import torch
-from fastai.basics import (
-    Callback,
-    CancelBackwardException,
-    CancelBatchException,
-    CancelStepException,
-    CancelTrainException,
-    DataLoaders,
-    Learner,
-    OptimWrapper,
-    load_learner,
-)
+from fastai.basics import DataLoaders, Learner, OptimWrapper, load_learner
 from fastai.callback.all import GradientAccumulation, GradientClip, MixedPrecision, ProgressCallback
+from fastai.callback.core import Callback, CancelBackwardException, CancelBatchException, CancelStepException, CancelTrainException
 from torch import nn
 
 from helpers import Data
@@ -369,10 +360,10 @@ def test_epochs_that_are_skipped_are_not_counted():
 
 @pytest.mark.parametrize('cb, says', [
     (lambda: GradientHistogram(every=1, layers=['2', '0.wieght']),
-     "no layer '0.wieght' with parameters in the model; names that come near: '0.weight'"),
+     "no layer '0.wieght' with parameters in the model; similar names: '0.weight'"),
     (lambda: AdaptiveLRVariance(2, layers='1'), "no layer '1'"), # the relu
     (lambda: GradientHistogram(every=1, layers='head'),
-     "no layer 'head' with parameters in the model; names that come near: '0', '0.weight'")])
+     "no layer 'head' with parameters in the model; similar names: '0', '0.weight'")])
 def test_layers_that_do_not_exist_are_an_error_before_the_first_batch(cb, says):
     learn = get_learner(cbs=cb())
     before = [p.detach().clone() for p in learn.model.parameters()]

@@ -127,16 +127,6 @@ def test_a_batch_that_is_cancelled_before_its_step_has_no_row():
     df = learn.rectifier.to_frame().query('group == 0')
     assert df.step.tolist() == list(range(1, 16)) and not df.event.any()
 
-def test_an_interrupted_fit_leaves_the_hypers_clean_for_the_next():
-    class Stop(Callback):
-        def after_step(self): raise KeyboardInterrupt
-    learn = recorded_learner(RAdam)
-    with pytest.raises(KeyboardInterrupt): learn.fit(1, .01, cbs=(stop := Stop()))
-    assert not {'rect', 'effective_lr'} & set(learn.opt.state_dict()['hypers'][0])
-    learn.remove_cb(stop)
-    learn.fit(1, .01)
-    assert not {'rect', 'effective_lr'} & set(learn.opt.hypers[0])
-
 @pytest.mark.parametrize('name', ['RAdam', 'Ranger', 'wrapper', 'fastai', 'ranger'])
 def test_tensorboard(name, tmp_path):
     pytest.importorskip('tensorboard')

@@ -240,7 +240,7 @@ def test_damaged_checkpoint_stops_the_job(part):
 
 def test_checkpoints_run_no_code(tmp_path):
     torch.save(dict(model=RunsCode(tmp_path/'ran')), tmp_path/'a.pth')
-    with pytest.raises(RecipeError, match='it is not only data'): load_checkpoint(tmp_path/'a.pth')
+    with pytest.raises(RecipeError, match='it contains more than data'): load_checkpoint(tmp_path/'a.pth')
     assert not (tmp_path/'ran').exists()
 
 @pytest.mark.parametrize('state', [[1], dict(a=1), dict(model={}, opt={})])

@@ -1,64 +1,14 @@
-"`RAdamWrapper` in a Learner: hypers, flags, freezing, files."
+"`RAdamWrapper` by itself: hypers, flags, and what it wraps; `test_learner` has it in a Learner."
 import math
-import warnings
-from functools import partial
 
-import fastai.optimizer as fo
 import pytest
 import torch
-from fastai.data.core import DataLoaders
-from fastai.data.load import DataLoader
-from fastai.learner import Learner
-from fastai.losses import MSELossFlat
-from fastai.optimizer import OptimWrapper
 from torch import nn
 
-from helpers import TORCH_HYPERS, close, fresh, identical, mlp, numbers, set_grads, torch_build, torch_run
+from helpers import TORCH_HYPERS, close, fresh, identical, set_grads, torch_build, torch_run
 from radam_fastai.torch_optim import RAdam, RAdamWrapper
 
 Torch = torch.optim.RAdam
-
-WRAPPED = dict(eps=0., betas=(.9,.99), weight_decay=.3, decoupled_weight_decay=True)
-FASTAI = partial(fo.RAdam, eps=0., sqr_mom=.99, wd=.3)      # with eps 0, torch's rule and fastai's are the same
-
-def learner(opt_func, **kw):
-    xs = numbers((32,4), 0)
-    dl = DataLoader(list(zip(xs, xs.sum(1, keepdim=True))), bs=8)
-    return Learner(DataLoaders(dl, dl, device='cpu'), mlp(), loss_func=MSELossFlat(), opt_func=opt_func, lr=.01,
-                   splitter=lambda m: [list(m[:2].parameters()), list(m[2:].parameters())], train_bn=False, **kw)
-
-def trained(learn, f=lambda l: l.fit_one_cycle(3, slice(1e-3,1e-2))):
-    with learn.no_bar(), learn.no_logging(): f(learn)
-    return list(learn.model.parameters())
-
-@pytest.mark.parametrize('wd_bn_bias', [False, True])
-@pytest.mark.parametrize('instance', [False, True], ids=['class', 'instance'])
-def test_wrapper_in_a_learner(instance, wd_bn_bias):
-    "One-cycle with discriminative lrs, and no decay of norms and biases: fastai's numbers"
-    learn = learner(partial(RAdamWrapper, **WRAPPED), wd_bn_bias=wd_bn_bias)
-    if instance:
-        groups = [dict(params=list(o.parameters())) for o in (learn.model[:2], learn.model[2:])]
-        learn.opt_func = RAdamWrapper(opt=RAdam(groups, lr=.01, **WRAPPED))
-    got = trained(learn)
-    want = trained(learner(FASTAI, wd_bn_bias=wd_bn_bias))
-    close(got, want, 1e-9)
-    flags = [learn.opt.state[p].get('do_wd', True) for p in learn.model.parameters()]
-    assert flags == ([True]*6 if wd_bn_bias else [True, False, False, False, True, False])
-
-def test_wrapper_freeze_unfreeze():
-    def go(learn):
-        learn.freeze()
-        before = learn.model[0].weight.detach().clone()
-        learn.fit(2, .01)
-        assert learn.model[0].weight.equal(before)
-        learn.unfreeze()
-        learn.fit(2, slice(1e-3,1e-2), reset_opt=False)
-    close(trained(learner(partial(RAdamWrapper, **WRAPPED)), go), trained(learner(FASTAI), go), 1e-9)
-
-@pytest.mark.parametrize('opt_func', [partial(OptimWrapper, opt=RAdam), partial(RAdamWrapper)], ids=['OptimWrapper', 'RAdamWrapper'])
-def test_wrappers_without_decay(opt_func):
-    kw = dict(eps=0., betas=(.9,.99))
-    close(trained(learner(partial(opt_func, **kw))), trained(learner(partial(fo.RAdam, eps=0., sqr_mom=.99))), 1e-9)
 
 def test_wrapper_hypers_write_through():
     ps = fresh()
@@ -120,22 +70,6 @@ def test_wrapper_checks_hypers():
 @pytest.mark.parametrize('args', [(), ([],)], ids=['none', 'empty list'])
 def test_wrapper_without_parameters(args):
     with pytest.raises(ValueError, match='param'): RAdamWrapper(*args, lr=.1)
-
-def test_wrapper_save_load(tmp_path):
-    "A Learner saved mid-run under weights_only, without a warning, goes on as if it had not been"
-    run_on = lambda l: trained(l, lambda l: l.fit(1, .01, reset_opt=False))
-    a,b = (learner(partial(RAdamWrapper, **WRAPPED)) for _ in range(2))
-    trained(a, lambda l: l.fit(2, .01))
-    with warnings.catch_warnings():
-        warnings.simplefilter('error')
-        warnings.filterwarnings('ignore', 'numpy.core', DeprecationWarning) # fastai's own, whatever the optimizer
-        file = a.save(tmp_path/'m')
-        b.create_opt()
-        b.load(tmp_path/'m')
-    torch.load(file, weights_only=True)
-    for l in (a, b): torch.manual_seed(1)
-    close(run_on(b), run_on(a), 0)
-    assert {s['step'].item() for s in b.opt.state.values()} == {12.}
 
 def test_wrapper_hypers_are_numbers_that_a_logger_can_draw():
     opt = RAdamWrapper([nn.Parameter(torch.ones(2))], lr=.1, foreach=True)
