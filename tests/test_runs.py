@@ -262,7 +262,7 @@ def test_records_without_what_an_experiment_shows(cli, tmp_path):
     append_record(tmp_path/'records.jsonl', rec(recipe='degenerate', opt='sgd'))
     append_record(tmp_path/'records.jsonl', rec(recipe='lr-robustness', opt='adam'))
     status,out,err = cli('experiment', '--report', tmp_path)
-    assert status == 2 and 'a record of lr-robustness has not what its tables need' in err and len(err.splitlines()) == 1
+    assert status == 2 and 'a record of lr-robustness lacks what its tables need' in err and len(err.splitlines()) == 1
 
 def test_numbers_that_json_does_not_have(tmp_path):
     "Each line is strict JSON, as other programs read it; older lines have NaN"
