@@ -243,7 +243,7 @@ def test_a_report_writes_into_its_folder_alone(tmp_path, name):
     inside = tmp_path/'a'/'b'
     append_record(inside/'records.jsonl', rec())
     append_record(inside/'records.jsonl', rec(run=name.format(victim=tmp_path/'victim')))
-    with pytest.warns(UserWarning, match='is no plain file name'): report(inside)
+    with pytest.warns(UserWarning, match='is not a plain file name'): report(inside)
     assert (tmp_path/'victim.csv').read_text() == 'mine' and {p.name for p in tmp_path.iterdir()} == {'a','victim.csv'}
 
 def test_a_link_is_not_written_through(tmp_path):
