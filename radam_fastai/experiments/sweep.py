@@ -202,11 +202,10 @@ def sweep_figure(
 ) -> plt.Figure:
     "A metric of all contenders against the learning rate; a run that diverged has no point"
     at = {name: {lr: v for lr,v in by.items() if np.isfinite(v).all()} for name,by in lines(records, partial(last, metric=metric)).items()}
-    ax,opts,lrs = new_axes(figsize=(9, 3.8)),_opts(records),sorted({r['options']['lr'] for r in records})
+    ax,opts,lrs = new_axes(figsize=(7.5, 4.2)),_opts(records),sorted({r['options']['lr'] for r in records})
     plot_sweep(at, 'learning rate', metric, ax, [opts[name] for name in at])
     ax.set_xticks(lrs, [f'{lr:g}' for lr in lrs])
     ax.minorticks_off()
-    if len(at) > 1: ax.legend(loc='center left', bbox_to_anchor=(1,.5), fontsize='small', frameon=False)
     return ax.figure
 
 # %% ../../nbs/50_experiments.sweep.ipynb #32faa531
