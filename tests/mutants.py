@@ -154,7 +154,7 @@ unbreakable = { # of the guard, the loaders, and where numbers end
     'NaN in a weight':               ('guard', 'if t.is_floating_point() and (~t', 'if False and (~t'),
     'an optimizer is no need':       ('guard', 'if with_opt and opt_state is None: raise', 'if False: raise'),
     'rows of no table':              ('recipes/checkpoint',
-                                      "if not all(isinstance(o, dict) and o.keys() == state[k][0].keys() for o in state[k] or []):",
+                                      "if not all(isinstance(o, dict) and o.keys() == rows[0].keys() for o in rows):",
                                       'if False:'),
     'statistics stay bad':           ('guard', 'if not b.equal(was[1]): b.detach().copy_(was[1])', 'pass'),
     'bad gradients stay':            ('guard', 'self.opt.zero_grad() # or', 'pass # or'),

@@ -108,7 +108,7 @@ def test_archive(folder, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('name', ['train.txt', 'valid.txt'])
 @pytest.mark.parametrize('damage,says', [(None,'holds no file {}; it should hold train.txt and valid.txt'), (b' \n \n','{} is empty'),
-                                         (b'\xff\xfea\n','{} is no text in UTF-8')])
+                                         (b'\xff\xfea\n','{} is not text in UTF-8')])
 def test_missing_or_damaged_file_is_named(folder, name, damage, says):
     (folder/name).unlink()
     if damage: (folder/name).write_bytes(damage)

@@ -373,11 +373,11 @@ def test_recipes(name, tmp_path):
     for seed in range(150 if FULL else 15): tally['mutated checkpoints of recipes', try_recipe(name, seed, tmp_path/'a.pth')] += 1
 
 RECIPE_TRAPS = { # what was done to the state, and what is said of the file
-    'a row without its loss':   (lambda s: s['steps'][1].pop('loss'), 'its steps are no rows of a table'),
-    'a row that is none':       (lambda s: s['epochs'].append(3), 'its epochs are no rows of a table'),
+    'a row without its loss':   (lambda s: s['steps'][1].pop('loss'), 'its steps are not rows of a table'),
+    'a row that is none':       (lambda s: s['epochs'].append(3), 'its epochs are not rows of a table'),
     'no epochs to count':       (lambda s: s.pop('n_epoch'), 'it has no n_epoch'),
     'more epochs than there are': (lambda s: s.update(epoch=9), 'its epochs cannot be counted'),
-    'half a smoothed loss':     (lambda s: s['smooth_loss'].pop(), 'its loss is no number'),
+    'half a smoothed loss':     (lambda s: s['smooth_loss'].pop(), 'its loss is not a number'),
     'a loss scale':             (lambda s: s.update(scaler=dict(scale=2.)), 'has the loss scale of another precision'),
     'a model that is a list':   (lambda s: s.update(model=[1]), 'its model is a list'),
     'a weight of nan':          (lambda s: s['model']['1.1.bias'].fill_(float('nan')),

@@ -246,7 +246,7 @@ def test_checkpoints_run_no_code(tmp_path):
 @pytest.mark.parametrize('state', [[1], dict(a=1), dict(model={}, opt={})])
 def test_other_files_are_no_checkpoints(tmp_path, state):
     save_checkpoint(tmp_path/'a.pth', state)
-    with pytest.raises(RecipeError, match='a.pth is no checkpoint of a recipe'): load_checkpoint(tmp_path/'a.pth')
+    with pytest.raises(RecipeError, match='a.pth is not a checkpoint of a recipe'): load_checkpoint(tmp_path/'a.pth')
 
 @pytest.mark.parametrize('what,change', [('model', lambda s: s['model'].popitem()),
                                          ('shape', lambda s: s['model'].update({'5.bias': torch.ones(3)})),

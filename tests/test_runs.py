@@ -245,7 +245,7 @@ def test_a_report_writes_into_its_folder_alone(tmp_path, name):
     inside = tmp_path/'a'/'b'
     append_record(inside/'records.jsonl', rec())
     append_record(inside/'records.jsonl', rec(run=name.format(victim=tmp_path/'victim')))
-    with pytest.warns(UserWarning, match='is no plain file name'): report(inside)
+    with pytest.warns(UserWarning, match='is not a plain file name'): report(inside)
     assert (tmp_path/'victim.csv').read_text() == 'mine' and {p.name for p in tmp_path.iterdir()} == {'a','victim.csv'}
 
 def test_a_link_is_not_written_through(tmp_path):
@@ -264,7 +264,7 @@ def test_records_without_what_an_experiment_shows(cli, tmp_path):
     append_record(tmp_path/'records.jsonl', rec(recipe='degenerate', opt='sgd'))
     append_record(tmp_path/'records.jsonl', rec(recipe='lr-robustness', opt='adam'))
     status,out,err = cli('experiment', '--report', tmp_path)
-    assert status == 2 and 'a record of lr-robustness has not what its tables need' in err and len(err.splitlines()) == 1
+    assert status == 2 and 'a record of lr-robustness lacks what its tables need' in err and len(err.splitlines()) == 1
 
 def test_numbers_that_json_does_not_have(tmp_path):
     "Each line is strict JSON, as other programs read it; older lines have NaN"
