@@ -276,10 +276,10 @@ def test_images_are_decoded_once(sized, unpacked, monkeypatch):
     files,read = all_files(sized),[]
     monkeypatch.setattr(data, 'read_image', lambda f: read.append(f) or Image.open(f).convert('RGB'))
     a,b = data.decoded(files, 2),data.decoded(files[::-1], 0)
-    assert sorted(read) == sorted(files) and torch.equal(a.pixels, b.pixels) and len(a.pixels) == sum(w*h for (w,h),_ in a.images.values())
+    assert sorted(read) == sorted(files) and torch.equal(a.pixels, b.pixels) and len(a.pixels) == sum(w*h for (w,h),_ in a.places.values())
     Image.new('RGB', (50, 40), 'red').save(files[7])
     changed = data.decoded(files)
-    size,first = changed.images[files[7]]
+    size,first = changed.places[files[7]]
     assert len(read) == 2*len(files) and size == [50,40]
     assert (changed.pixels[first:first+50*40].float().mean(0) > 250).tolist() == [True, False, False]
 

@@ -15,6 +15,7 @@ import random
 import re
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 
@@ -189,17 +190,24 @@ def ReadableImageBlock() -> TransformBlock:
     return TransformBlock(type_tfms=read_image, batch_tfms=IntToFloatTensor)
 
 # %% ../../nbs/37_recipes.data.ipynb #ee5120b7
+@contextmanager
+def kept_random():
+    "Leave Python's generator of random numbers as it is"
+    state = random.getstate()
+    try: yield
+    finally: random.setstate(state)
+
 class ItemSeedDL(TfmdDL):
     "A `TfmdDL` whose random transforms of an item depend on the item and the epoch alone"
     item_seed = 0
     def randomize(self):
         super().randomize()
         self.item_seed = self.rng.getrandbits(64)
+    def seed_item(self, s): random.seed(self.item_seed + (s or 0))
     def do_item(self, s):
-        state = random.getstate()
-        random.seed(self.item_seed + (s or 0))
-        try: return super().do_item(s)
-        finally: random.setstate(state)
+        with kept_random():
+            self.seed_item(s)
+            return super().do_item(s)
 
 # %% ../../nbs/37_recipes.data.ipynb #9297b063
 class Decoded:
@@ -211,9 +219,7 @@ class Decoded:
     ):
         *first,n = 0,*accumulate(w*h for w,h in sizes)
         if n != len(pixels): raise ValueError(f'{len(pixels):,} pixels, where the sizes ask for {n:,}')
-        self.images,self.pixels = dict(zip(files, zip(sizes, first))),pixels
-
-    def window(self, file): return Window(*self.images[file])
+        self.places,self.pixels = dict(zip(files, zip(sizes, first))),pixels # file → size, first pixel
 
     def on(self, device):
         self.pixels = self.pixels.to(device) # once
@@ -310,7 +316,7 @@ def cut_out(
     first,wide,part_w,part_h,to_w,to_h,cut_x,cut_y,mirrored = rows.to(device, non_blocking=True) # to wait would be to idle
     line = first[:,None] + torch.arange(h, device=device)*wide[:,None]
     at = line[:,:,None] + torch.arange(w, device=device)
-    old = pixels[at.clamp_(max=len(pixels)-1)].float() # what is beyond a part has weight 0
+    old = pixels.index_select(0, at.clamp_(max=len(pixels)-1).flatten()).view(*at.shape, 3).float() # beyond a part, the weight is 0
     mirrored = mirrored.bool()
     down = _bilinear(part_h, to_h, cut_y, torch.zeros_like(mirrored), h, size[1])
     across = _bilinear(part_w, to_w, cut_x, mirrored, w, size[0])
@@ -325,17 +331,18 @@ class DecodedDL(ItemSeedDL):
         images:Decoded, # All of these files
         **kwargs # As for `TfmdDL`
     ):
-        self.images,self.classes = images,dataset.vocab.o2i
+        self.images,classes = images,dataset.vocab.o2i
+        self.known = [(*images.places[f], classes[parent_label(f)]) for f in dataset.items]
         super().__init__(dataset, *args, **{**kwargs, 'num_workers': 0})
     def new(self, dataset=None, cls=None, **kwargs): return super().new(dataset, cls, **{'images': self.images, **kwargs})
-    def create_item(self, s):
-        file = self.dataset.items[s or 0]
-        window = self.images.window(file)
-        window.label = self.classes[parent_label(file)]
-        return window
-    def create_batch(self, windows):
+    def do_item(self, s): return s or 0
+    def window(self, s):
+        self.seed_item(s)
+        return self.after_item(Window(*self.known[s][:2]))
+    def create_batch(self, items):
+        with kept_random(): windows = [self.window(s) for s in items]
         pixels = self.images.on(self.device or torch.device('cpu'))
-        return TensorImage(cut_out(pixels, windows)),TensorCategory([w.label for w in windows])
+        return TensorImage(cut_out(pixels, windows)),TensorCategory([self.known[s][2] for s in items])
     def retain(self, res, b): return res
 
 # %% ../../nbs/37_recipes.data.ipynb #be25e08c
