@@ -25,6 +25,7 @@ import torch
 from fastai.text.models.awdlstm import AWD_LSTM
 from fastai.text.models.core import get_language_model
 from fastai.vision.models.xresnet import xresnet18, xresnet50
+from fastcore.basics import noop
 from fastcore.foundation import L
 from matplotlib.figure import Figure
 from torch.autograd import DeviceType
@@ -261,39 +262,47 @@ def facts(
                 date=datetime.now(timezone.utc).isoformat(timespec='seconds'), command=shlex.join(['radam-bench', o.what, *args]))
 
 # %% ../../nbs/60_bench.step.ipynb #2d642160
+OPTIONS = 'optims','rounds','warmup','bs','size','device','seed' # that what is timed depends on
+
 def time_models(
     o:SimpleNamespace, # From `check_options`
     what:str, # Is being timed, for the user
-    rows_of:Callable, # Model → list of dicts
+    rows_of:Callable, # Function of a model and those of `OPTIONS` that there are: a list of dicts
     **about # What else goes into every record
 ) -> pd.DataFrame: # All rows
     "Time every model; record each at once, and write the table of all"
     rows,about = [],facts(o) | dict(rounds=o.rounds) | about
+    given = {k: v for k,v in vars(o).items() if k in OPTIONS}
     for i,model in enumerate(o.models, 1):
         print(f'{model} ({i} of {len(o.models)}): {what}', flush=True)
-        rows += (new := rows_of(model))
+        rows += (new := rows_of(model, **given))
         for r in new: append_record(o.out/'records.jsonl', r | about)
     df = pd.DataFrame(rows)
     df.to_csv(o.out/f'{o.what}.csv', index=False)
     return df
 
-def show(
+# %% ../../nbs/60_bench.step.ipynb #69b83904
+def measure(
     o:SimpleNamespace, # From `check_options`
-    df:pd.DataFrame, # From `time_models`
-    titles:dict, # Column → title
-    fig:Figure, # Of `df`
-    digits:int=2, # Behind the point
-):
-    "Print the table, save the figure, and say where everything is"
-    fig.savefig(o.out/f'{o.what}.png', dpi=100)
-    print(terminal_table(df[list(titles)].rename(columns=titles), digits))
+    what:str, # As for `time_models`, like `rows_of` and `about`
+    rows_of:Callable,
+    titles:dict, # Column of the table → its title
+    plot:Callable, # Function of all rows that makes a figure
+    digits:int=2, # In the table
+    shown=noop, # Makes its rows of all rows
+    **about
+) -> pd.DataFrame: # All rows
+    "Time every model, print a table, save a figure, and say where everything is"
+    df = time_models(o, what, rows_of, **about)
+    plot(df).savefig(o.out/f'{o.what}.png', dpi=100)
+    print(terminal_table(shown(df)[list(titles)].rename(columns=titles), digits))
     print(*(o.out/f for f in ('records.jsonl', f'{o.what}.csv', f'{o.what}.png')), sep='\n')
+    return df
 
 # %% ../../nbs/60_bench.step.ipynb #a18cc427
 TABLE = dict(model='model', label='optimizer', ms='median ms', ratio='ratio to ours', host_ms='host ms', device_ms='device ms',
-             calls='kernels or calls',
-             extra_bytes='extra bytes', state_bytes='state bytes/param', floor_ratio='ratio to floor', n_params='params',
-             n_tensors='tensors')
+             calls='kernels or calls', extra_bytes='extra bytes', state_bytes='state bytes/param', floor_ratio='ratio to floor',
+             n_params='params', n_tensors='tensors')
 
 def installed(
     names:list, # In `TIMED`
@@ -302,16 +311,19 @@ def installed(
     if absent := missing(names): print(f"left out, not installed: {', '.join(absent)} (to time them: pip install 'radam_fastai[bench]')")
     return [k for k in names if k not in absent]
 
+def measure_steps(
+    o:SimpleNamespace, # From `check_options`
+    *args, **about # As for `measure`
+) -> pd.DataFrame: # A row per model and optimizer
+    "Time the optimizers that are installed"
+    o.optims = installed(o.optims)
+    return measure(o, f'{len(o.optims)} optimizers, {o.rounds} bursts of each', *args, **about)
+
 def bench_step(
     o:SimpleNamespace, # From `check_options`
 ) -> pd.DataFrame: # A row per model and optimizer
     "Time the optimizer step on every model"
-    o.optims = installed(o.optims)
-    df = time_models(o, f'{len(o.optims)} optimizers, {o.rounds} bursts of each',
-                     lambda model: step_rows(model, o.optims, o.rounds, o.warmup, o.device, o.seed),
-                     step=o.warmup+1, rect=rectification(o.warmup+1, FASTAI['sqr_mom']))
-    show(o, df, TABLE, plot_steps(df))
-    return df
+    return measure_steps(o, step_rows, TABLE, plot_steps, step=o.warmup+1, rect=rectification(o.warmup+1, FASTAI['sqr_mom']))
 
 # RAdam's rectifier must be on
 STEP = Bench(bench_step, dict(models='all', optims='all', rounds=25, warmup=10), MODELS, TIMED, least_warmup=10)

@@ -244,11 +244,12 @@ def _decode(files, folder, workers):
 def decoded(
     files:list, # Paths of images
     workers:int=None, # Threads that decode them; `None` for one per core, at most 16
+    folder:Path=None, # Where to keep them; `UNPACKED` if not given
 ) -> Decoded: # The images
     "The images in `files`, decoded once for all processes of this machine and all runs; an `OwnError` names one that cannot be read"
     files = sorted(files)
     about = ''.join(f'{f.absolute()} {(s := f.stat()).st_size} {s.st_mtime_ns}\n' for f in files)
-    dest = expanded('path', UNPACKED)/f'decoded-{hashlib.sha256(about.encode()).hexdigest()[:16]}'
+    dest = (folder or expanded('path', UNPACKED))/f'decoded-{hashlib.sha256(about.encode()).hexdigest()[:16]}'
     if not dest.exists():
         with building(dest) as tmp:
             if not dest.exists(): # another process was not faster
