@@ -7,6 +7,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -307,7 +308,7 @@ def test_work_of_a_step():
     def f():
         x.exp().exp()
         x.exp()
-    work = step.step_work(f, lambda: None)
+    work = step.profiled(f)
     assert (work['calls'], work['extra_bytes'], work['device_ms']) == (3, 2*4096, 0)
 
 def test_host_time_ends_before_the_device_is_waited_for(monkeypatch):
@@ -362,6 +363,25 @@ def test_presets_have_their_first_seed_before_one_has_its_second(tmp_path):
     assert asked[0] == ('radam-v2', '1') and asked[7] == ('radam-v2', '2')
     assert gpu.preset_parts(None, quick=False) == []
 
+def test_gpu_counts_only_what_was_done_on_this_device(cli, parts, tmp_path):
+    parts('good')
+    for device_name in None, 'another':
+        assert cli('gpu', '--device', 'cpu', '--out', tmp_path)[0] == 0
+        if device_name is None:
+            row = json.loads((tmp_path/'records.jsonl').read_text())
+            (tmp_path/'records.jsonl').write_text(json.dumps(row | dict(device_name='another')) + '\n')
+    assert (tmp_path/'good/log.txt').read_text() == '42\n'*2
+
+def test_gpu_begins_nothing_when_the_time_is_up(parts, tmp_path):
+    o = SimpleNamespace(what='gpu', minutes=0, quick=True, path=None, threads=1, device='cpu', seed=0, out=tmp_path)
+    assert gpu.run_parts([gpu.Part('late', ['-c', PARTS['late']])], o).status.tolist() == ['not reached'] and not list(tmp_path.iterdir())
+
+def test_a_part_on_the_cpu_sees_no_gpu(monkeypatch, tmp_path):
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '7')
+    part = gpu.Part('seen', ['-c', 'import os; print(os.environ["CUDA_VISIBLE_DEVICES"])'])
+    for device,seen in ('cpu', ''), ('cuda', '7'):
+        assert gpu.run_part(part, tmp_path/device, device, 60) == 'done' and (tmp_path/device/'log.txt').read_text() == f'{seen}\n'
+
 def alive(pid):
     "Whether a process runs; one that has ended may still wait for its parent"
     try: return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0] not in 'ZX'
@@ -394,5 +414,6 @@ def test_a_preset_runs_seed_by_seed(cli, monkeypatch, images, tmp_path):
         assert cli('gpu', '--device', 'cpu', '--quick', '--path', images, '--out', tmp_path/'o')[0] == 0
     assert records(tmp_path/'o') == [('radam-v2', 'done')]*2
     runs = read_records(tmp_path/'o'/'radam-v2'/'records.jsonl')
-    assert [(r['seed'], r['preset'], r['options']['in_memory'], r['data']['train']) for r in runs] == [(s, 'radam', True, 20) for s in (42,43)]
+    assert [(r['seed'], r['preset'], r['data']['train']) for r in runs] == [(42, 'radam', 20), (43, 'radam', 20)]
+    assert all(r['options']['in_memory'] for r in runs)
     assert len(list((tmp_path/'.radam_data').glob('decoded-*'))) == 1 # for both

@@ -164,20 +164,18 @@ def extra_bytes(
     blocks = sorted((e.start_ns(), e.nbytes()) for e in prof.profiler.kineto_results.events() if e.name() == '[memory]')
     return int(max([0, *np.cumsum([b for _,b in blocks])]))
 
-def step_work(
+def profiled(
     step:Callable, # Takes a step
-    sync, # Waits for the device to be idle
-) -> dict: # `host_ms`, `device_ms` (0 on a CPU), `calls`, `extra_bytes`
-    "What one step asks of host, device and memory"
-    host = float(np.median([time_burst(step, 1, sync)[0] for _ in range(5)]))
+    sync=lambda: None, # Waits for the device to be idle
+) -> dict: # `device_ms` (0 on a CPU), `calls`, `extra_bytes`
+    "What one step asks of device and memory"
     with quiet(), profile(profile_memory=True) as prof:
         step()
         sync()
     events = [e for e in prof.events() if not e.is_user_annotation]
     kernels = [e for e in events if e.device_type == DeviceType.CUDA and e.name != '[memory]']
     called = [e for e in events if e.name.startswith('aten::') and not (e.cpu_parent and e.cpu_parent.name.startswith('aten::'))]
-    return dict(host_ms=host, device_ms=sum(e.time_range.elapsed_us() for e in kernels)/1e3, calls=len(kernels or called),
-                extra_bytes=extra_bytes(prof))
+    return dict(device_ms=sum(e.time_range.elapsed_us() for e in kernels)/1e3, calls=len(kernels or called), extra_bytes=extra_bytes(prof))
 
 # %% ../../nbs/60_bench.step.ipynb #66b5977b
 def time_steps(
@@ -196,9 +194,11 @@ def time_steps(
     fns = {o: opt.step for o,opt in opts.items()} | dict(floor=lambda: a.add_(b))
     ms,n = time_in_turn(fns, rounds, warmup, seed, sync),sum(s.numel() for s in sizes)
     floor = floor_ms(n, ms.pop('floor'), len(a))
+    def host_ms(step): return float(np.median([time_burst(step, 1, sync)[0] for _ in range(5)]))
     return [dict(model=model, optim=o, label=TIMED[o].label, ms=float(np.median(t)), ratio=paired_ratio(t, ms['ours']),
                  state_bytes=state_bytes(opts[o])/n, floor_ratio=paired_ratio(t, floor), n_params=n, n_tensors=len(sizes),
-                 min_ms=float(t.min()), max_ms=float(t.max()), floor_ms=float(np.median(floor)), **step_work(fns[o], sync))
+                 min_ms=float(t.min()), max_ms=float(t.max()), floor_ms=float(np.median(floor)),
+                 host_ms=host_ms(fns[o]), **profiled(fns[o], sync))
             for o,t in ms.items()]
 
 def step_rows(
