@@ -248,6 +248,52 @@ schedule_free = { # name: (what is there, what stands there instead)
     'trains before the schedule':    ('order = ParamScheduler.order+1', 'order = -9')}
 mutants.update({name: ('schedule_free', *change, 'schedule_free') for name,change in schedule_free.items()})
 
+gpu = { # what `radam-bench gpu` and images in memory promise; of the CUDA tests, what a CPU can show
+    'a failure is a success':        ('bench/gpu', "'failed' if proc.wait(secs) else", "'done' if proc.wait(secs) else", 'bench'),
+    'a part outlives the command':   ('bench/gpu', 'for s in (signal.SIGTERM, signal.SIGHUP)}', 'for s in ()}', 'bench'),
+    'what a part began outlives it': ('bench/gpu', 'os.killpg(proc.pid, signal.SIGKILL)', 'proc.kill()', 'bench'),
+    'done is done again':            ('bench/gpu', 'if asked in done:', 'if False:', 'bench'),
+    'any device counts':             ('bench/gpu', " and r['device_name'] == here['device_name']", '', 'bench'),
+    'one part takes all the time':   ('bench/gpu', 'min(left, 60*o.minutes*part.share)', 'left', 'bench'),
+    'time without end':              ('bench/gpu', 'elif left <= 0:', 'elif False:', 'bench'),
+    'all seeds of one preset first': ('bench/gpu', 'for n in range(1, 2 if quick else SEEDS+1) for o in PRESETS[:2 if quick else None]]',
+                                      'for o in PRESETS[:2 if quick else None] for n in range(1, 2 if quick else SEEDS+1)]', 'bench'),
+    'the CPU has a GPU':             ('bench/gpu', "(dict(CUDA_VISIBLE_DEVICES='') if device == 'cpu' else {})", '{}', 'bench'),
+    'calls within calls count':      ('bench/step', " and not (e.cpu_parent and e.cpu_parent.name.startswith('aten::'))", '', 'bench'),
+    'waits before it looks at the clock': ('bench/step', 'returned = time.perf_counter(); sync()', 'sync(); returned = time.perf_counter()',
+                                           'bench'),
+    'new pixels skip old ones':      ('recipes/data', '/scale.clamp(min=1))', ')', 'data'),
+    'mirrored crops are elsewhere':  ('recipes/data', 'self.wide-sz[0]-x if self.mirrored else x', 'x', 'data'),
+    'crops follow from one another': ('recipes/data', '        self.seed_item(s)\n        return self.after_item(',
+                                      '        return self.after_item(', 'data'),
+    'changed images stay':           ('recipes/data', ' {s.st_mtime_ns}', '', 'data'),
+    'a damaged file is used':        ('recipes/data', 'if n != len(pixels): raise', 'if False: raise', 'data'),
+    'how images are read is forgotten': ('recipes/imagenette', "if in_memory: options['in_memory'] = True", 'pass', 'bench')}
+cuda = { # name: (module, what is there, what stands there instead), for tests/test_cuda.py on a CPU
+    'r_t is lost':                   ('functional', 'decouple_wd=decouple_wd, lr=lr*lr_mult,', 'decouple_wd=decouple_wd, lr=lr,'),
+    'L2 is forgotten':               ('functional', 'kernel = torch._fused_adamw_ if decouple_wd else torch._fused_adam_',
+                                      'kernel = torch._fused_adamw_'),
+    'foreach is another rule':       ('functional', 'torch._foreach_div_(denoms, math.sqrt(1 - sqr_mom**step))', 'pass'),
+    'squares are rounded':           ('functional', 'if r and fused and not beta and', 'if r and False and'),
+    'β2 in float32':                 ('functional', 'beta1=mom, beta2=sqr_mom,', 'beta1=mom, beta2=float(np.float32(sqr_mom)),'),
+    'momentum is not debiased':      ('functional', 'alpha=-lr*lr_mult/(1 - mom**step))\n    else', 'alpha=-lr*lr_mult)\n    else'),
+    'moved states are empty':        ('functional', '.copy_(t.detach())', '.zero_()'),
+    'the scaler is ignored':         ('optimizer', 'class AdamBase(Optimizer):',
+                                      'class AdamBase(Optimizer):\n    _step_supports_amp_scaling = True'),
+    'one count for all optimizers':  ('bucket', '        radam_step_(*part, self.counter.count+1,',
+                                      "        vars(self.keys)['n'] = vars(self.keys).get('n', 0)+1\n"
+                                      "        radam_step_(*part, self.keys.n,"),
+    'the recorder reads a weight':   ('recorder', '        super().stepped()\n        if self.csv',
+                                      '        next(self.learn.model.parameters()).sum().item()\n        super().stepped()\n        if self.csv'),
+    'the kernel is waited for':      ('functional', 'steps = [kernel_step.fill_(step)] * len(params)',
+                                      'steps = [kernel_step.fill_(step)] * len(params); kernel_step.item()'),
+    'momentum is waited for':        ('functional', 'torch._foreach_lerp_(grad_avgs, grads, 1-mom)',
+                                      'torch._foreach_lerp_(grad_avgs, grads, 1-mom); grads[0].sum().item()'),
+    'a launch for each tensor':      ('bucket', 'if foreach is False else [lists]', 'if foreach is not True else [lists]'),
+    'devices are mixed':             ('bucket', 'fused, p.device, p.dtype', "fused, torch.device('cpu'), p.dtype"),
+    'crops are read back':           ('recipes/data', 'return torch.einsum(', 'old.sum().item()\n    return torch.einsum(')}
+mutants.update(gpu, **{name: (*change, 'cuda') for name,change in cuda.items()})
+
 def planted(
     name:str # One of `mutants`
 )->tuple: # Path of the module, and its source with the mutant in it

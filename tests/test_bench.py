@@ -1,7 +1,13 @@
 "The step benchmark: what it counts, what it writes and what it refuses. No test depends on how long anything takes."
 import json
 import shlex
+import signal
+import subprocess
+import sys
+import time
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -11,6 +17,7 @@ from fastai.callback.core import Callback
 
 from radam_fastai.bench import callbacks, gpu, main as command, step, train
 from radam_fastai.recipes.optims import Optim
+from radam_fastai.recipes.records import read_records
 from radam_fastai.rectify import rectification
 
 pytestmark = pytest.mark.slow
@@ -246,7 +253,7 @@ def test_bad_option_of_a_bench(cli, tmp_path, args, words): test_bad_option(cli,
 
 def test_train_bench_takes_the_step_apart(tiny_images, tmp_path, monkeypatch):
     "All settings take the same steps with the same losses, and the parts of a step add up to it"
-    monkeypatch.setattr(train, 'reading_ms', lambda size, bs, workers: 1.+workers)
+    monkeypatch.setattr(train, 'reading_ms', lambda size, bs, workers, device: 1. if workers == 0 else 10.)
     seen = {}
     passed = train.pass_momentum_phase
     def watch(learn):
@@ -267,7 +274,7 @@ def test_train_bench_takes_the_step_apart(tiny_images, tmp_path, monkeypatch):
             for l in seen.values()] == [False, True, False, True, True]
     assert df.images_per_sec.tolist() == pytest.approx((64e3/df.ms).tolist()) and (tmp_path/'train.png').stat().st_size > 1000
     rows = [json.loads(l) for l in (tmp_path/'records.jsonl').read_text().splitlines()]
-    assert {r['bench'] for r in rows} == {'train'} and rows[0]['reading_ms_0_workers'] == 1
+    assert {r['bench'] for r in rows} == {'train'} and (rows[0]['reading_ms_0_workers'], rows[0]['reading_ms_in_memory']) == (1, 10)
 
 def test_reading_is_timed_on_real_images(monkeypatch):
     from radam_fastai.recipes import imagenette
@@ -276,7 +283,7 @@ def test_reading_is_timed_on_real_images(monkeypatch):
         seen.append((len(train), len(valid)))
         return get_dls(train, valid, *args, **kwargs)
     monkeypatch.setattr(imagenette, 'get_dls', watch)
-    assert train.reading_ms(32, 8, 0, n=3) > 0 and seen == [(30, 10)]
+    assert train.reading_ms(32, 8, 0, n=3) > 0 and train.reading_ms(32, 8, None, n=3) > 0 and seen == [(30, 10)]*2
 
 def test_parts_of_a_step_end_with_its_events(monkeypatch):
     "A clock that only callbacks turn: forward 1, backward 2, step 4, release 8"
@@ -301,7 +308,7 @@ def test_work_of_a_step():
     def f():
         x.exp().exp()
         x.exp()
-    work = step.step_work(f, lambda: None)
+    work = step.profiled(f)
     assert (work['calls'], work['extra_bytes'], work['device_ms']) == (3, 2*4096, 0)
 
 def test_host_time_ends_before_the_device_is_waited_for(monkeypatch):
@@ -355,3 +362,58 @@ def test_presets_have_their_first_seed_before_one_has_its_second(tmp_path):
     assert len(asked) == len(set(asked)) == 35 and {n for _,n in asked[:7]} == {'1'}
     assert asked[0] == ('radam-v2', '1') and asked[7] == ('radam-v2', '2')
     assert gpu.preset_parts(None, quick=False) == []
+
+def test_gpu_counts_only_what_was_done_on_this_device(cli, parts, tmp_path):
+    parts('good')
+    for device_name in None, 'another':
+        assert cli('gpu', '--device', 'cpu', '--out', tmp_path)[0] == 0
+        if device_name is None:
+            row = json.loads((tmp_path/'records.jsonl').read_text())
+            (tmp_path/'records.jsonl').write_text(json.dumps(row | dict(device_name='another')) + '\n')
+    assert (tmp_path/'good/log.txt').read_text() == '42\n'*2
+
+def test_gpu_begins_nothing_when_the_time_is_up(parts, tmp_path):
+    o = SimpleNamespace(what='gpu', minutes=0, quick=True, path=None, threads=1, device='cpu', seed=0, out=tmp_path)
+    assert gpu.run_parts([gpu.Part('late', ['-c', PARTS['late']])], o).status.tolist() == ['not reached'] and not list(tmp_path.iterdir())
+
+def test_a_part_on_the_cpu_sees_no_gpu(monkeypatch, tmp_path):
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '7')
+    part = gpu.Part('seen', ['-c', 'import os; print(os.environ["CUDA_VISIBLE_DEVICES"])'])
+    for device,seen in ('cpu', ''), ('cuda', '7'):
+        assert gpu.run_part(part, tmp_path/device, device, 60) == 'done' and (tmp_path/device/'log.txt').read_text() == f'{seen}\n'
+
+def alive(pid):
+    "Whether a process runs; one that has ended may still wait for its parent"
+    try: return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0] not in 'ZX'
+    except FileNotFoundError: return False
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_what_ends_the_command_ends_its_part(tmp_path, number):
+    "And what the part has started"
+    code = f"""from radam_fastai.bench import gpu, main
+gpu.test_parts = lambda device: [gpu.Part('two', ['-c', 'import os, time; os.fork(); print(os.getpid(), flush=True); time.sleep(99)'])]
+gpu.bench_parts = lambda o: []
+main.main('gpu', device='cpu', out={str(tmp_path)!r})"""
+    proc = subprocess.Popen([sys.executable, '-c', code], cwd=Path(__file__).parents[1], stderr=subprocess.DEVNULL)
+    log = tmp_path/'two'/'log.txt'
+    while proc.poll() is None and not (log.exists() and log.read_text().count('\n') == 2): time.sleep(.02)
+    pids = log.read_text().split()
+    proc.send_signal(number)
+    assert proc.wait() == {signal.SIGINT: -signal.SIGINT}.get(number, 128+number)
+    assert not any(map(alive, pids)) and not (tmp_path/'records.jsonl').exists()
+
+def test_a_preset_runs_seed_by_seed(cli, monkeypatch, images, tmp_path):
+    "In small, in processes of their own: the second call trains the second seed alone, and the third nothing"
+    monkeypatch.setenv('HOME', str(tmp_path))
+    for name in 'test_parts','bench_parts': monkeypatch.setattr(gpu, name, lambda o: [])
+    monkeypatch.setattr(gpu, 'PRESETS', gpu.PRESETS[:1])
+    first, = gpu.preset_parts(images, quick=True)
+    second = first._replace(words=[{'1': '2'}.get(w, w) if before == '--runs' else w for before,w in zip(['', *first.words], first.words)])
+    for parts in ([first], [first, second], [first, second]):
+        monkeypatch.setattr(gpu, 'preset_parts', lambda path, quick: parts)
+        assert cli('gpu', '--device', 'cpu', '--quick', '--path', images, '--out', tmp_path/'o')[0] == 0
+    assert records(tmp_path/'o') == [('radam-v2', 'done')]*2
+    runs = read_records(tmp_path/'o'/'radam-v2'/'records.jsonl')
+    assert [(r['seed'], r['preset'], r['data']['train']) for r in runs] == [(42, 'radam', 20), (43, 'radam', 20)]
+    assert all(r['options']['in_memory'] for r in runs)
+    assert len(list((tmp_path/'.radam_data').glob('decoded-*'))) == 1 # for both

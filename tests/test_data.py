@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from fastai.torch_core import set_seed
+from PIL import Image
 
 from helpers import ended, forked, short_header, tar
 from radam_fastai.recipes import data, imagenette
@@ -199,11 +200,11 @@ def test_first_split_of_the_archives(data_path):
     train,valid = imagenette.first_split(*split_files(imagenette.find_images(data_path)[0]), 13394)
     assert (sum(map(len, train.values())), sum(map(len, valid.values()))) == (12894, 500)
 
-def batches(images, seed, workers, aug='crop'):
+def batches(path, seed, workers=0, aug='crop', valid=False, **kwargs):
     set_seed(seed)
-    dl = imagenette.get_dls(*balanced(*split_files(images)), 32, 16, aug, workers=workers).train
+    dl = imagenette.get_dls(*balanced(*split_files(path)), 32, 16, aug, workers=workers, **kwargs)[valid]
     dl.rng = random.Random(seed)
-    return [x for x,_ in dl]
+    return list(dl) if kwargs else [x for x,_ in dl]
 
 @pytest.mark.parametrize('aug', imagenette.AUGS)
 def test_augmentation_does_not_depend_on_workers(images, aug):
@@ -233,3 +234,82 @@ def test_unreadable_image_is_named(cli, images, tmp_path, damage, workers, name)
     status,out,err = cli('imagenette', '--path', path, '--out', tmp_path/'out', '--workers', workers,
                          *'--arch xresnet18 --size 32 --bs 32 --epochs 1'.split())
     assert status == 2 and len(err.splitlines()) == 1 and f'{f} is no image that can be read' in err, err
+
+# Images in memory
+
+@pytest.fixture
+def unpacked(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, 'UNPACKED', tmp_path/'unpacked')
+    return tmp_path/'unpacked'
+
+@pytest.fixture
+def sized(images, tmp_path, unpacked):
+    "The images, in sizes of their own"
+    path,rng = shutil.copytree(images, tmp_path/'sized'),random.Random(0)
+    for f in path.rglob('*.jpg'): Image.open(f).resize((rng.randint(33, 90), rng.randint(33, 90))).save(f, quality=95)
+    return path
+
+def all_files(path): return [f for part in split_files(path) for fs in part.values() for f in fs]
+
+@pytest.mark.parametrize('aug', imagenette.AUGS)
+@pytest.mark.parametrize('valid', [False, True])
+def test_images_in_memory_are_those_of_the_files(sized, aug, valid):
+    "The same items in the same order, the same crops, mirrored or not; every pixel as Pillow has it, before it rounds, twice"
+    slow,fast = (batches(sized, 5, aug=aug, valid=valid, norm=False, images=o) for o in (None, data.decoded(all_files(sized))))
+    assert len(slow) == len(fast) == (3 if valid else 4)
+    for (x,y),(u,v) in zip(slow, fast):
+        assert torch.equal(y, v) and type(u) is type(x) and type(v) is type(y)
+        assert 255*(x-u).abs().max() < 1.01 and (x-u).abs().mean() < .4/255
+
+def test_crops_in_memory_depend_on_item_and_epoch_alone(sized):
+    images = data.decoded(all_files(sized))
+    a,b,other = (batches(sized, seed, images=images) for seed in (1, 1, 2))
+    assert all(torch.equal(x, y) for (x,_),(y,_) in zip(a, b)) and not torch.equal(a[0][0], other[0][0])
+    random.seed(5)
+    dl = imagenette.get_dls(*balanced(*split_files(sized)), 32, 16, images=images).train
+    before = random.getstate()
+    list(dl)
+    assert random.getstate() == before
+
+def test_images_are_decoded_once(sized, unpacked, monkeypatch):
+    "For all runs, splits and processes; those that have changed, again"
+    files,read = all_files(sized),[]
+    monkeypatch.setattr(data, 'read_image', lambda f: read.append(f) or Image.open(f).convert('RGB'))
+    a,b = data.decoded(files, 2),data.decoded(files[::-1], 0)
+    assert sorted(read) == sorted(files) and torch.equal(a.pixels, b.pixels) and len(a.pixels) == sum(w*h for (w,h),_ in a.places.values())
+    Image.new('RGB', (50, 40), 'red').save(files[7])
+    changed = data.decoded(files)
+    size,first = changed.places[files[7]]
+    assert len(read) == 2*len(files) and size == [50,40]
+    assert (changed.pixels[first:first+50*40].float().mean(0) > 250).tolist() == [True, False, False]
+
+def test_several_processes_decode_at_once(sized, unpacked, monkeypatch):
+    raw = data._raw
+    monkeypatch.setattr(data, '_raw', lambda f: time.sleep(.005) or raw(f)) # so that all have come before the first is done
+    assert [ended(pid) for pid in [forked(partial(data.decoded, all_files(sized), 1)) for _ in range(4)]] == [0]*4
+    folder, = unpacked.glob('[!.]*')
+    assert sorted(f.name for f in folder.iterdir()) == ['pixels', 'sizes.json'] and not list(unpacked.glob('.making-*[!k]'))
+
+@pytest.mark.parametrize('damage', ['pixels cut', 'no sizes', 'other sizes'])
+def test_damaged_memory_is_named(sized, unpacked, damage):
+    data.decoded(all_files(sized))
+    folder, = unpacked.glob('[!.]*')
+    if damage == 'pixels cut': os.truncate(folder/'pixels', 300)
+    if damage == 'no sizes': (folder/'sizes.json').unlink()
+    if damage == 'other sizes': (folder/'sizes.json').write_text('[[1, 2]]')
+    with pytest.raises(RecipeError, match=f'{folder} is damaged .*: delete it'): data.decoded(all_files(sized))
+
+def test_unreadable_image_is_named_when_it_is_decoded(cli, sized, unpacked, tmp_path):
+    (f := sized/'train'/'n03'/'1.jpg').write_bytes(b'no image')
+    status,_,err = cli('imagenette', '--path', sized, '--out', tmp_path/'out', '--in-memory', *'--arch xresnet18 --size 32 --bs 32'.split())
+    assert status == 2 and len(err.splitlines()) == 1 and f'{f} is no image that can be read' in err and not list(unpacked.glob('[!.]*'))
+
+@pytest.mark.data
+@pytest.mark.parametrize('aug', imagenette.AUGS)
+def test_photographs_in_memory_are_those_of_the_files(data_path, unpacked, aug):
+    train,valid = ([fs[i] for fs in part.values() for i in (0, 7)] for part in split_files(imagenette.find_images(data_path)[0]))
+    def first(**kwargs):
+        dl = imagenette.get_dls(train, valid, 128, 16, aug, norm=False, workers=0, **kwargs).train
+        dl.rng = random.Random(0)
+        return dl.one_batch()[0]
+    assert 255*(first() - first(images=data.decoded(train+valid))).abs().max() < 1.01

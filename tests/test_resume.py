@@ -28,7 +28,7 @@ from helpers import (
 )
 from mutate import RunsCode, damage
 from radam_fastai.optimizer import RAdamFn, RangerFn
-from radam_fastai.recipes import demo, imagenette, jobs
+from radam_fastai.recipes import data, demo, imagenette, jobs
 from radam_fastai.recipes.checkpoint import epoch_seed, load_checkpoint, save_checkpoint
 from radam_fastai.recipes.cli import OptionError, RecipeError
 from radam_fastai.recipes.jobs import Run, run_job
@@ -45,10 +45,11 @@ def stopped_at(monkeypatch, batch):
 variants = dict(radam=dict(sched='one_cycle'), bf16=dict(bf16=True, channels_last=True),
                 ranger=dict(opt='ranger', channels_last=True, n_items=40, bs=8),
     adam=dict(opt='adam', mixup=.4, sh=.3, sa=True, act_fn='Mish', workers=2, aug='resize'),
-    free={'opt': 'schedule-free', 'sched': 'flat'})
+    memory=dict(in_memory=True, sh=.3), free={'opt': 'schedule-free', 'sched': 'flat'})
 
 @pytest.mark.parametrize('variant', variants)
 def test_resumed_equals_uninterrupted(images, tmp_path, monkeypatch, variant):
+    monkeypatch.setattr(data, 'UNPACKED', tmp_path/'unpacked')
     kw = {**quick, 'path':images, 'keep':True, **variants[variant]}
     imagenette.main(**kw, out=tmp_path/'whole')
     with monkeypatch.context() as m:

@@ -29,7 +29,7 @@ from fastai.losses import CrossEntropyLossFlat
 from matplotlib.figure import Figure
 
 from ..advisor import WarmupAdvisor
-from .step import MODELS, OURS, Bench, paired_ratio, show, time_in_turn, time_models, waiter
+from .step import MODELS, OURS, Bench, measure, paired_ratio, time_in_turn, waiter
 from ..gradients import AdaptiveLRVariance, GradientHistogram
 from ..loggers import LogRectifier
 from ..optimizer import RAdamFn
@@ -139,8 +139,7 @@ def callback_rows(
         for learn in learns.values(): learn('after_fit')
     return [dict(model=model, callbacks=k, ms=float(np.median(t)), ratio=paired_ratio(t, ms['none']), inside_ms=inside[k].secs*1e3/n_steps,
                  inside_share=inside[k].secs*1e3/n_steps/float(np.median(ms['none'])), kept_bytes=kept_bytes(sets[k])/n_steps,
-                 n_steps=n_steps,
-                 bs=bs, size=size)
+                 n_steps=n_steps, bs=bs, size=size)
             for k,t in ms.items()]
 
 # %% ../../nbs/61_bench.callbacks.ipynb #575ec831
@@ -167,9 +166,7 @@ def bench_callback(
     o:SimpleNamespace, # From `check_options`
 ) -> pd.DataFrame: # A row per model and set of callbacks
     "Time a training step with and without callbacks"
-    df = time_models(o, f'{o.rounds} bursts of 10 training steps of each',
-                     lambda model: callback_rows(model, o.rounds, o.warmup, o.bs, o.size, o.device, o.seed))
-    show(o, df.assign(inside_share=100*df.inside_share), CALLBACK_TABLE, plot_callbacks(df), digits=3)
-    return df
+    return measure(o, f'{o.rounds} bursts of 10 training steps of each', callback_rows, CALLBACK_TABLE, plot_callbacks, digits=3,
+                   shown=lambda df: df.assign(inside_share=100*df.inside_share))
 
 CALLBACK = Bench(bench_callback, dict(models='xresnet18', rounds=15, warmup=3, bs=32, size=64), ['xresnet18', 'xresnet50'])

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -70,7 +71,7 @@ def bench_parts(
 PRESETS = (('radam','v2'), ('over9000-radam','v2'), ('over9000-adam','v2'), ('radam','v1'), ('over9000-ranger','v2'), ('article','v1'),
            ('article','v2'))
 SEEDS = 5
-SMALL_RUN = '--epochs 1 --n-items 20 --size 32 --arch xresnet18 --workers 0'
+SMALL_RUN = '--epochs 1 --n-items 20 --bs 10 --size 32 --arch xresnet18 --workers 0'
 
 def preset_parts(
     path:Path|None, # Of Imagenette
@@ -80,11 +81,20 @@ def preset_parts(
     if path is None: return []
     def part(preset, split, n):
         words = ['-m', 'radam_fastai.recipes.imagenette', '--preset', preset, '--split', split, '--path', f'{path}', '--runs', f'{n}',
-                 '--resume', '--out', '{out}']
+                 '--in-memory', '--resume', '--out', '{out}']
         return Part(f'{preset}-{split}', words + SMALL_RUN.split()*quick)
     return [part(*o, n) for n in range(1, 2 if quick else SEEDS+1) for o in PRESETS[:2 if quick else None]]
 
 # %% ../../nbs/64_bench.gpu.ipynb #a19822c7
+@contextmanager
+def ended_in_order():
+    "Let SIGTERM, and a terminal that is closed, end this process as Ctrl-C does: what it has begun is put in order first"
+    def end(number, frame): raise SystemExit(128+number)
+    was = {s: signal.signal(s, end) for s in (signal.SIGTERM, signal.SIGHUP)}
+    try: yield
+    finally:
+        for s,handler in was.items(): signal.signal(s, handler)
+
 def run_part(
     part:Part, # To run
     folder:Path, # For what it writes, and `log.txt`; made if missing
@@ -94,13 +104,13 @@ def run_part(
     "Run `part` in a process of its own"
     folder.mkdir(parents=True, exist_ok=True)
     env = os.environ | dict(MPLBACKEND='Agg') | (dict(CUDA_VISIBLE_DEVICES='') if device == 'cpu' else {})
-    with (folder/'log.txt').open('ab') as log:
-        proc = subprocess.Popen([sys.executable, *(w.replace('{out}', str(folder)) for w in part.words)], stdout=log, stderr=log, env=env,
-                                start_new_session=True)
+    words = [sys.executable, *(w.replace('{out}', str(folder)) for w in part.words)]
+    with ended_in_order(),(folder/'log.txt').open('ab') as log:
+        proc = subprocess.Popen(words, stdout=log, stderr=log, env=env, start_new_session=True)
         try: return 'failed' if proc.wait(secs) else 'done'
         except subprocess.TimeoutExpired: return 'cut off'
         finally:
-            if proc.poll() is None: os.killpg(proc.pid, signal.SIGKILL)
+            if proc.poll() is None: os.killpg(proc.pid, signal.SIGKILL) # and what it has started
             proc.wait()
 
 # %% ../../nbs/64_bench.gpu.ipynb #2656c416

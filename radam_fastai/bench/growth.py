@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from .step import FLOOR, TABLE, TIMED, Bench, installed, show, time_models, time_steps
+from .step import FLOOR, TABLE, TIMED, Bench, measure_steps, time_steps
 from ..plot import color
 
 # %% ../../nbs/63_bench.growth.ipynb #1f7db1c9
@@ -55,11 +55,7 @@ def bench_growth(
     o:SimpleNamespace, # From `check_options`
 ) -> pd.DataFrame: # A row per point and optimizer
     "Time the optimizer step all over the grid"
-    o.optims = installed(o.optims)
-    df = time_models(o, f'{len(o.optims)} optimizers, {o.rounds} bursts of each',
-                     lambda point: growth_rows(point, o.optims, o.rounds, o.warmup, o.device, o.seed))
-    show(o, df, TABLE, plot_growth(df))
-    return df
+    return measure_steps(o, growth_rows, TABLE, plot_growth)
 
 GROWTH = Bench(bench_growth, dict(models='all', optims='ours,torch-adamw-fused,torch-foreach,optimi', rounds=5, warmup=10), GRID, TIMED,
                least_warmup=10)

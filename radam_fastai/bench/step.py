@@ -25,6 +25,7 @@ import torch
 from fastai.text.models.awdlstm import AWD_LSTM
 from fastai.text.models.core import get_language_model
 from fastai.vision.models.xresnet import xresnet18, xresnet50
+from fastcore.basics import noop
 from fastcore.foundation import L
 from matplotlib.figure import Figure
 from torch.autograd import DeviceType
@@ -163,20 +164,18 @@ def extra_bytes(
     blocks = sorted((e.start_ns(), e.nbytes()) for e in prof.profiler.kineto_results.events() if e.name() == '[memory]')
     return int(max([0, *np.cumsum([b for _,b in blocks])]))
 
-def step_work(
+def profiled(
     step:Callable, # Takes a step
-    sync, # Waits for the device to be idle
-) -> dict: # `host_ms`, `device_ms` (0 on a CPU), `calls`, `extra_bytes`
-    "What one step asks of host, device and memory"
-    host = float(np.median([time_burst(step, 1, sync)[0] for _ in range(5)]))
+    sync=lambda: None, # Waits for the device to be idle
+) -> dict: # `device_ms` (0 on a CPU), `calls`, `extra_bytes`
+    "What one step asks of device and memory"
     with quiet(), profile(profile_memory=True) as prof:
         step()
         sync()
     events = [e for e in prof.events() if not e.is_user_annotation]
     kernels = [e for e in events if e.device_type == DeviceType.CUDA and e.name != '[memory]']
     called = [e for e in events if e.name.startswith('aten::') and not (e.cpu_parent and e.cpu_parent.name.startswith('aten::'))]
-    return dict(host_ms=host, device_ms=sum(e.time_range.elapsed_us() for e in kernels)/1e3, calls=len(kernels or called),
-                extra_bytes=extra_bytes(prof))
+    return dict(device_ms=sum(e.time_range.elapsed_us() for e in kernels)/1e3, calls=len(kernels or called), extra_bytes=extra_bytes(prof))
 
 # %% ../../nbs/60_bench.step.ipynb #66b5977b
 def time_steps(
@@ -195,9 +194,11 @@ def time_steps(
     fns = {o: opt.step for o,opt in opts.items()} | dict(floor=lambda: a.add_(b))
     ms,n = time_in_turn(fns, rounds, warmup, seed, sync),sum(s.numel() for s in sizes)
     floor = floor_ms(n, ms.pop('floor'), len(a))
+    def host_ms(step): return float(np.median([time_burst(step, 1, sync)[0] for _ in range(5)]))
     return [dict(model=model, optim=o, label=TIMED[o].label, ms=float(np.median(t)), ratio=paired_ratio(t, ms['ours']),
                  state_bytes=state_bytes(opts[o])/n, floor_ratio=paired_ratio(t, floor), n_params=n, n_tensors=len(sizes),
-                 min_ms=float(t.min()), max_ms=float(t.max()), floor_ms=float(np.median(floor)), **step_work(fns[o], sync))
+                 min_ms=float(t.min()), max_ms=float(t.max()), floor_ms=float(np.median(floor)),
+                 host_ms=host_ms(fns[o]), **profiled(fns[o], sync))
             for o,t in ms.items()]
 
 def step_rows(
@@ -261,39 +262,47 @@ def facts(
                 date=datetime.now(timezone.utc).isoformat(timespec='seconds'), command=shlex.join(['radam-bench', o.what, *args]))
 
 # %% ../../nbs/60_bench.step.ipynb #2d642160
+OPTIONS = 'optims','rounds','warmup','bs','size','device','seed' # that what is timed depends on
+
 def time_models(
     o:SimpleNamespace, # From `check_options`
     what:str, # Is being timed, for the user
-    rows_of:Callable, # Model → list of dicts
+    rows_of:Callable, # Function of a model and those of `OPTIONS` that there are: a list of dicts
     **about # What else goes into every record
 ) -> pd.DataFrame: # All rows
     "Time every model; record each at once, and write the table of all"
     rows,about = [],facts(o) | dict(rounds=o.rounds) | about
+    given = {k: v for k,v in vars(o).items() if k in OPTIONS}
     for i,model in enumerate(o.models, 1):
         print(f'{model} ({i} of {len(o.models)}): {what}', flush=True)
-        rows += (new := rows_of(model))
+        rows += (new := rows_of(model, **given))
         for r in new: append_record(o.out/'records.jsonl', r | about)
     df = pd.DataFrame(rows)
     df.to_csv(o.out/f'{o.what}.csv', index=False)
     return df
 
-def show(
+# %% ../../nbs/60_bench.step.ipynb #69b83904
+def measure(
     o:SimpleNamespace, # From `check_options`
-    df:pd.DataFrame, # From `time_models`
-    titles:dict, # Column → title
-    fig:Figure, # Of `df`
-    digits:int=2, # Behind the point
-):
-    "Print the table, save the figure, and say where everything is"
-    fig.savefig(o.out/f'{o.what}.png', dpi=100)
-    print(terminal_table(df[list(titles)].rename(columns=titles), digits))
+    what:str, # As for `time_models`, like `rows_of` and `about`
+    rows_of:Callable,
+    titles:dict, # Column of the table → its title
+    plot:Callable, # Function of all rows that makes a figure
+    digits:int=2, # In the table
+    shown=noop, # Makes its rows of all rows
+    **about
+) -> pd.DataFrame: # All rows
+    "Time every model, print a table, save a figure, and say where everything is"
+    df = time_models(o, what, rows_of, **about)
+    plot(df).savefig(o.out/f'{o.what}.png', dpi=100)
+    print(terminal_table(shown(df)[list(titles)].rename(columns=titles), digits))
     print(*(o.out/f for f in ('records.jsonl', f'{o.what}.csv', f'{o.what}.png')), sep='\n')
+    return df
 
 # %% ../../nbs/60_bench.step.ipynb #a18cc427
 TABLE = dict(model='model', label='optimizer', ms='median ms', ratio='ratio to ours', host_ms='host ms', device_ms='device ms',
-             calls='kernels or calls',
-             extra_bytes='extra bytes', state_bytes='state bytes/param', floor_ratio='ratio to floor', n_params='params',
-             n_tensors='tensors')
+             calls='kernels or calls', extra_bytes='extra bytes', state_bytes='state bytes/param', floor_ratio='ratio to floor',
+             n_params='params', n_tensors='tensors')
 
 def installed(
     names:list, # In `TIMED`
@@ -302,16 +311,19 @@ def installed(
     if absent := missing(names): print(f"left out, not installed: {', '.join(absent)} (to time them: pip install 'radam_fastai[bench]')")
     return [k for k in names if k not in absent]
 
+def measure_steps(
+    o:SimpleNamespace, # From `check_options`
+    *args, **about # As for `measure`
+) -> pd.DataFrame: # A row per model and optimizer
+    "Time the optimizers that are installed"
+    o.optims = installed(o.optims)
+    return measure(o, f'{len(o.optims)} optimizers, {o.rounds} bursts of each', *args, **about)
+
 def bench_step(
     o:SimpleNamespace, # From `check_options`
 ) -> pd.DataFrame: # A row per model and optimizer
     "Time the optimizer step on every model"
-    o.optims = installed(o.optims)
-    df = time_models(o, f'{len(o.optims)} optimizers, {o.rounds} bursts of each',
-                     lambda model: step_rows(model, o.optims, o.rounds, o.warmup, o.device, o.seed),
-                     step=o.warmup+1, rect=rectification(o.warmup+1, FASTAI['sqr_mom']))
-    show(o, df, TABLE, plot_steps(df))
-    return df
+    return measure_steps(o, step_rows, TABLE, plot_steps, step=o.warmup+1, rect=rectification(o.warmup+1, FASTAI['sqr_mom']))
 
 # RAdam's rectifier must be on
 STEP = Bench(bench_step, dict(models='all', optims='all', rounds=25, warmup=10), MODELS, TIMED, least_warmup=10)

@@ -30,7 +30,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from .callbacks import begin_fit, bench_learner, random_batch
-from .step import FLOOR, OTHERS, OURS, Bench, paired_ratio, show, time_in_turn, time_models, waiter
+from .step import FLOOR, OTHERS, OURS, Bench, measure, paired_ratio, time_in_turn, waiter
 from ..optimizer import RAdamFn
 from ..plot import COLORS
 from ..recipes.optims import FASTAI
@@ -102,7 +102,7 @@ def pass_momentum_phase(
 def write_photos(
     folder:Path, # Gets `train` and `val` with ten classes each
     n:int, # Images for training, a multiple of 10
-):
+) -> list: # Files of `train`, files of `val`
     "Crops of real photographs as JPEG files"
     photos,rng = load_sample_images().images,random.Random(0)
     for split,k in dict(train=n, val=10).items():
@@ -111,23 +111,30 @@ def write_photos(
             y,x = (rng.randrange(o-160) for o in photo.shape[:2])
             to.mkdir(parents=True, exist_ok=True)
             Image.fromarray(photo[y:y+160, x:x+160]).save(to/f'{i}.jpg')
+    return [sorted((folder/split).rglob('*.jpg')) for split in ('train','val')]
+
+# %% ../../nbs/62_bench.train.ipynb #7b827e17
+READING = {'0 workers': 0, f'{cpu_count()} workers': cpu_count(), 'in memory': None} # How → processes that read
 
 def reading_ms(
     size:int, # Of the training images, pixels
     bs:int, # Images a batch
-    workers:int, # Processes that read
+    workers:int|None, # Processes that read; `None`: images in memory
+    device:str='cpu', # For the batches
     n:int=6, # Batches
 ) -> float: # Milliseconds
-    "Time to read a batch with the Imagenette recipe's loader, the start of its processes left out"
+    "Time to read a batch with the Imagenette recipe's loader, without the start of its processes and the decoding into memory"
+    from radam_fastai.recipes.data import decoded
     from radam_fastai.recipes.imagenette import get_dls
+    sync = waiter(device)
     with TemporaryDirectory() as tmp:
-        write_photos(Path(tmp), 10*-(-bs*n//10))
-        files = sorted(Path(tmp).rglob('*.jpg'))
-        train,valid = ([f for f in files if split in f.parts] for split in ('train', 'val'))
-        batches = iter(get_dls(train, valid, size, bs, workers=workers).train)
+        train,valid = write_photos(Path(tmp), 10*-(-bs*n//10))
+        images = decoded(train+valid, folder=Path(tmp)) if workers is None else None
+        batches = iter(get_dls(train, valid, size, bs, workers=workers, images=images).to(device).train)
         next(batches)
-        start = time.perf_counter()
-        count = sum(1 for _ in batches)
+        sync()
+        start,count = time.perf_counter(),sum(1 for _ in batches)
+        sync()
         return (time.perf_counter() - start)*1e3/count
 
 # %% ../../nbs/62_bench.train.ipynb #190ba9fc
@@ -182,11 +189,9 @@ def bench_train(
 ) -> pd.DataFrame: # A row per model and setting
     "Time training steps and their parts, and the reading of images"
     settings = {k: s for k,s in SETTINGS.items() if o.compile or not s.compile}
-    reading = {f'reading_ms_{w}_workers': reading_ms(o.size, o.bs, w) for w in (0, cpu_count())}
-    for k,v in reading.items(): print(f"reading a batch: {v:.0f} ms with {k.split('_')[2]} workers")
-    df = time_models(o, f'{o.rounds} training steps of each',
-                     lambda model: train_rows(model, settings, o.rounds, o.warmup, o.bs, o.size, o.device, o.seed), **reading)
-    show(o, df, TRAIN_TABLE, plot_train(df))
-    return df
+    reading = {how: reading_ms(o.size, o.bs, workers, o.device) for how,workers in READING.items()}
+    for how,ms in reading.items(): print(f'reading a batch, {how}: {ms:.0f} ms')
+    return measure(o, f'{o.rounds} training steps of each', partial(train_rows, settings=settings), TRAIN_TABLE, plot_train,
+                   **{f"reading_ms_{how.replace(' ', '_')}": ms for how,ms in reading.items()})
 
 TRAIN = Bench(bench_train, dict(models='xresnet50', rounds=5, warmup=1, bs=64, size=128, compile=True), ['xresnet18', 'xresnet50'])

@@ -33,7 +33,18 @@ from fastai.vision.core import imagenet_stats
 from torch import nn
 
 from .cli import RANGES, Flag, check, check_out, check_ranges, command, expanded, is_main
-from .data import ItemSeedDL, ReadableImageBlock, balanced, digest, download, find_folder, split_files
+from radam_fastai.recipes.data import (
+    Decoded,
+    DecodedDL,
+    ItemSeedDL,
+    ReadableImageBlock,
+    balanced,
+    decoded,
+    digest,
+    download,
+    find_folder,
+    split_files,
+)
 from .jobs import Run, run_job
 from .optims import OPTION
 from .precision import DevicePrecision, fast_settings, warn_slow_bf16
@@ -88,13 +99,15 @@ def get_dls(
     norm:bool=True, # Normalise by ImageNet's mean and standard deviation
     sh:float=0., # Largest share of an image that random erasing takes, in [0, 1]; 0: no erasing
     workers:int=None, # Processes that read images; `None` for one per core, at most 16
+    images:Decoded=None, # All of them in memory, from `decoded`; `None` reads the files
 ) -> DataLoaders: # Batches of float images (`bs`, 3, `size`, `size`) and int64 labels
     "Training batches in random order, the last incomplete one dropped, and validation batches"
     batch_tfms = [Normalize.from_stats(*imagenet_stats)]*norm + ([RandomErasing(p=.3, max_count=3, sh=sh)] if sh else [])
-    block = DataBlock((ReadableImageBlock, CategoryBlock), dl_type=ItemSeedDL, get_y=parent_label,
+    dl_type,memory = (DecodedDL, dict(images=images)) if images else (ItemSeedDL, {})
+    block = DataBlock((ReadableImageBlock, CategoryBlock), dl_type=dl_type, get_y=parent_label,
                       splitter=IndexSplitter(range(len(train), len(train)+len(valid))),
                       item_tfms=[AUGS[aug](size), FlipItem(.5)], batch_tfms=batch_tfms)
-    return block.dataloaders(train+valid, bs=bs, num_workers=workers)
+    return block.dataloaders(train+valid, bs=bs, num_workers=workers, **memory)
 
 # %% ../../nbs/41_recipes.imagenette.ipynb #a499c70f
 def MaxBlurPool(
@@ -195,12 +208,16 @@ def get_runs(
     about:dict, # What else it says
     path:Path, # Folder of the files
     workers:int=None, # Processes that read images
+    in_memory:bool=False, # Decode all of them first
 ) -> list: # `Run`s
     "A run for every seed"
-    def make(seed): return get_learner(get_dls(*balanced(*files, s.n_items, seed), s.size, s.bs, s.aug, s.norm, s.sh, workers), s)
     every = [f for part in files for fs in part.values() for f in fs]
+    def make(seed):
+        images = decoded(every, workers) if in_memory else None
+        return get_learner(get_dls(*balanced(*files, s.n_items, seed), s.size, s.bs, s.aug, s.norm, s.sh, workers, images), s)
     data = dict(data, name=path.name, split=s.split, size=s.size, classes=len(files[0]), digest=digest(every, path))
     options = {k: v for k,v in s.options().items() if k != 'split'} # which `data` has
+    if in_memory: options['in_memory'] = True # older records do not say that it is off
     return [Run(f'{s.arch}-{s.opt}-{seed}', seed, options, partial(make, seed), s.fit, data, about) for seed in seeds]
 
 # %% ../../nbs/41_recipes.imagenette.ipynb #5194b249
@@ -222,6 +239,7 @@ def main(
     report:Path=None, # Only report on the records below this folder
     dump:Flag=False, # Only print settings and network
     workers:int=None, # Processes that read images (one per core, at most 16)
+    in_memory:Flag=False, # Decode the images once, keep them in memory, and crop them in batches on the device that trains
     fast:Flag=False, # Choose --channels-last, --bf16 or --fp16, and --compile as suits this machine
     channels_last:Flag=False, # Keep the weights of convolutions in channels-last order
     compile:Flag=False, # Compile the network
@@ -267,7 +285,7 @@ def main(
     if s.split == 'v1': files = first_split(*files, sum(OFFICIAL['imagewoof2' if woof else 'imagenette2']))
     check_counts(s, files[0])
     about = dict(preset=preset, changed=changed, published=published(preset) if not (changed or woof or n_items is not None) else None)
-    runs = get_runs(s, range(seed, seed+runs), files, dict(source=source), about, path, workers)
+    runs = get_runs(s, range(seed, seed+runs), files, dict(source=source), about, path, workers, in_memory)
     records = run_job(runs, check_out(out), 'imagenette', resume, keep, anew=anew)
     if is_main(): print(f'\n{terminal_table(summary(records))}\n', *conditions(records), sep='\n')
     return records
