@@ -7,7 +7,7 @@ An experiment is dozens of runs that know nothing of each other. [joblib](https:
 # %% auto #0
 __all__ = ['Engine']
 
-# %% ../../nbs/42_recipes.parallel.ipynb #ce388979
+# %% ../../nbs/42_recipes.parallel.ipynb #341080c3
 import itertools
 import json
 import os
@@ -39,7 +39,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from ..files import WriteError, cannot_write, disk_error
 from .cli import OptionError, RecipeError, check, check_choice, check_ranges, torch_threads
 
-# %% ../../nbs/42_recipes.parallel.ipynb #f6eb3d47
+# %% ../../nbs/42_recipes.parallel.ipynb #3b0c58cc
 def _begin_worker(parent):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     def watch():
@@ -51,7 +51,7 @@ def _begin_worker(parent):
 def _processes(jobs, address):
     with parallel_config('loky', n_jobs=jobs, initializer=_begin_worker, initargs=(os.getpid(),)): yield jobs
 
-# %% ../../nbs/42_recipes.parallel.ipynb #fd08f61a
+# %% ../../nbs/42_recipes.parallel.ipynb #969c6872
 @contextmanager
 def _dask(jobs, address):
     import dask
@@ -76,7 +76,7 @@ def _ray(jobs, address):
 
 CLUSTERS = dict(ray=_ray, dask=_dask)
 
-# %% ../../nbs/42_recipes.parallel.ipynb #076e081a
+# %% ../../nbs/42_recipes.parallel.ipynb #4eef8f14
 @dataclass(frozen=True)
 class Engine:
     "What trains the runs of a job; an `OptionError` names what is not allowed"
@@ -104,7 +104,7 @@ class Engine:
             check(n > 1, f'--cluster {self.cluster}: has {n} worker; it takes two')
             yield n
 
-# %% ../../nbs/42_recipes.parallel.ipynb #49afb2e2
+# %% ../../nbs/42_recipes.parallel.ipynb #17b542a9
 def pack(
     calls:dict, # Name → function
     path:Path, # File to write
@@ -121,7 +121,7 @@ def unpack(
     "The calls in a file that this job has written"
     return torch.load(path, mmap=True, weights_only=False)
 
-# %% ../../nbs/42_recipes.parallel.ipynb #57d602fb
+# %% ../../nbs/42_recipes.parallel.ipynb #f0a6a20d
 @contextmanager
 def _numbered(folder):
     for i in itertools.count():
@@ -138,18 +138,19 @@ def _as_worker(folder, n, threads):
         try: yield
         finally: defaults.cpus = cpus
 
-# %% ../../nbs/42_recipes.parallel.ipynb #4a1dc2d1
+# %% ../../nbs/42_recipes.parallel.ipynb #ed3808c6
 class Tell:
     "Writes how far a call is into a file; a `FileNotFoundError` if its job has ended"
-    def __init__(self, path): self.path,self.at,self.note = path,0.,None
+    def __init__(self, path): self.path,self.at,self.note,self.start = path,0.,None,None
     def __call__(self,
-        done:float, # Of `total`
+        done:float, # Of `total`; the first time, what was done before
         total:float,
         note:str='', # If it is new, it is written at once; else, twice a second at most
     ):
+        if self.start is None: self.start = done
         if note == self.note and time.monotonic() < self.at+.5: return
         self.at,self.note = time.monotonic(),note
-        try: self.path.write_text(json.dumps([done, total, note]))
+        try: self.path.write_text(json.dumps([self.start, done, total, note]))
         except FileNotFoundError: raise
         except OSError: pass # no room for it on the disk
 
@@ -163,13 +164,12 @@ class Outcome(NamedTuple):
 def _work(folder, told, name, n, threads):
     try:
         with _as_worker(folder, n, threads):
-            tell = Tell(told/name)
-            tell(0, 1)
-            return Outcome(name, unpack(folder/'calls')[name](folder.parent, tell))
+            (told/name).touch()
+            return Outcome(name, unpack(folder/'calls')[name](folder.parent, Tell(told/name)))
     except (RecipeError, WriteError) as e: return Outcome(name, error=str(e))
     except Exception as e: return Outcome(name, error=f'{type(e).__name__}: {e}', trace=traceback.format_exc())
 
-# %% ../../nbs/42_recipes.parallel.ipynb #7dd163fa
+# %% ../../nbs/42_recipes.parallel.ipynb #da342eb0
 class Board:
     "Shows how far calls are"
     def __init__(self,
@@ -192,7 +192,7 @@ class Board:
         secs = f', about {timedelta(seconds=round((time.monotonic()-self.began)*todo/done))} left' if done > 0 else ''
         return f'{self.over} of {len(self.at)} finished{secs}'
 
-# %% ../../nbs/42_recipes.parallel.ipynb #10667ebf
+# %% ../../nbs/42_recipes.parallel.ipynb #6dcfa60b
 @patch
 def look(self:Board,
     told:Path, # Folder of the files that `Tell` writes
@@ -200,13 +200,12 @@ def look(self:Board,
     "Show what is new there"
     with self.lock:
         now = []
-        for p in told.glob('*'):
-            try: done,total,note = json.loads(p.read_text())
+        for p in sorted(told.glob('*')):
+            try: start,done,total,note = json.loads(p.read_text())
             except (OSError, ValueError): continue # it is being written
             now.append(p.name)
-            if done:
-                self.at[p.name] = done/total
-                self.first.setdefault(p.name, done/total) # where it was begun before
+            self.first.setdefault(p.name, start/total)
+            self.at[p.name] = done/total
             if note and note != self.notes.get(p.name):
                 self.notes[p.name] = note
                 if not self.bars: self.say(f'{p.name}: {note}')
@@ -230,7 +229,7 @@ def end(self:Board,
         self.look(told)
         (told/o.name).unlink(missing_ok=True)
         self.over,self.at[o.name] = self.over+1,1.
-        self.first.setdefault(o.name, 0.)
+        self.first.setdefault(o.name, 1.) # it had nothing to do
         if o.trace: print(o.trace, file=sys.stderr)
         if o.error or self.bars: self.say(f"{o.name}: {o.error or self.notes.get(o.name, 'finished')}")
         if not self.bars: self.say(self.left())
@@ -250,7 +249,7 @@ def watch(self:Board,
         done.set()
         thread.join()
 
-# %% ../../nbs/42_recipes.parallel.ipynb #a34e1b7c
+# %% ../../nbs/42_recipes.parallel.ipynb #7b0cae4b
 @contextmanager
 def _closing(results):
     try: yield results
@@ -272,9 +271,9 @@ def _turn(names, folder, n, threads, board, lost):
             board.look(told)
             lost += [p.name for p in told.glob('*')]
             if not lost: raise RecipeError(f'the workers end before they begin: {e}') from e
-            board.say(f"a worker died; from the last checkpoint again: {', '.join(lost)}")
+            board.say(f"a worker died; begun again from the last checkpoint: {', '.join(lost)}")
 
-# %% ../../nbs/42_recipes.parallel.ipynb #5dd1b34e
+# %% ../../nbs/42_recipes.parallel.ipynb #bdf21e59
 def side_by_side(
     calls:dict, # Name → function of a folder and a `Tell`
     out:Path, # The folder; what the call of a `name` has to go on with after its worker died is there
