@@ -123,7 +123,7 @@ def test_a_call_that_always_kills_its_worker(monkeypatch, tmp_path):
     "It is given up the third time that it has nothing new to tell; the others go on"
     monkeypatch.setattr(Engine, 'start', lambda self: parallel.nullcontext(2))
     turns = []
-    def turn(names, folder, n, threads, board, lost):
+    def turn(names, folder, share, board, lost):
         turns.append(names)
         board.notes['a'] = 'epoch 1' if len(turns) > 1 else ''
         if len(turns) == 3: yield Outcome('b', 1)

@@ -7,7 +7,7 @@ An experiment is dozens of runs that know nothing of each other. [joblib](https:
 # %% auto #0
 __all__ = ['Engine']
 
-# %% ../../nbs/42_recipes.parallel.ipynb #341080c3
+# %% ../../nbs/42_recipes.parallel.ipynb #e8071a9c
 import itertools
 import json
 import os
@@ -33,13 +33,13 @@ import torch
 from fastai.torch_core import defaults, num_distrib
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
-from joblib import Parallel, delayed, parallel_config
+from joblib import Parallel, delayed, parallel_config, register_parallel_backend
 from rich.progress import BarColumn, Progress, TextColumn
 
 from ..files import WriteError, cannot_write, disk_error
 from .cli import OptionError, RecipeError, check, check_choice, check_ranges, torch_threads
 
-# %% ../../nbs/42_recipes.parallel.ipynb #3b0c58cc
+# %% ../../nbs/42_recipes.parallel.ipynb #c6d67a6c
 def _begin_worker(parent):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     def watch():
@@ -51,7 +51,7 @@ def _begin_worker(parent):
 def _processes(jobs, address):
     with parallel_config('loky', n_jobs=jobs, initializer=_begin_worker, initargs=(os.getpid(),)): yield jobs
 
-# %% ../../nbs/42_recipes.parallel.ipynb #969c6872
+# %% ../../nbs/42_recipes.parallel.ipynb #13396aa4
 @contextmanager
 def _dask(jobs, address):
     import dask
@@ -65,10 +65,11 @@ def _dask(jobs, address):
 @contextmanager
 def _ray(jobs, address):
     import ray
-    from ray.util.joblib import register_ray
+    from ray.util.joblib.ray_backend import RayBackend
+    class Backend(RayBackend): supports_return_generator = True # inherited from processes, of which this is not true
     where = dict(address=address) if address else dict(num_cpus=jobs, include_dashboard=False, object_store_memory=2**27)
     with ray.init(**where, log_to_driver=False, logging_level='ERROR'):
-        register_ray()
+        register_parallel_backend('ray', Backend)
         has = ray.cluster_resources()
         n = int(has.get('GPU', has['CPU']))
         n = min(jobs or n, n)
@@ -76,7 +77,7 @@ def _ray(jobs, address):
 
 CLUSTERS = dict(ray=_ray, dask=_dask)
 
-# %% ../../nbs/42_recipes.parallel.ipynb #4eef8f14
+# %% ../../nbs/42_recipes.parallel.ipynb #ec179e27
 @dataclass(frozen=True)
 class Engine:
     "What trains the runs of a job; an `OptionError` names what is not allowed"
@@ -104,7 +105,7 @@ class Engine:
             check(n > 1, f'--cluster {self.cluster}: has {n} worker; it takes two')
             yield n
 
-# %% ../../nbs/42_recipes.parallel.ipynb #17b542a9
+# %% ../../nbs/42_recipes.parallel.ipynb #1a2eb0ac
 def pack(
     calls:dict, # Name → function
     path:Path, # File to write
@@ -121,7 +122,7 @@ def unpack(
     "The calls in a file that this job has written"
     return torch.load(path, mmap=True, weights_only=False)
 
-# %% ../../nbs/42_recipes.parallel.ipynb #f0a6a20d
+# %% ../../nbs/42_recipes.parallel.ipynb #9e7c68c1
 @contextmanager
 def _numbered(folder):
     for i in itertools.count():
@@ -130,7 +131,8 @@ def _numbered(folder):
             return
 
 @contextmanager
-def _as_worker(folder, n, threads):
+def _as_worker(folder, n, threads, path=()):
+    sys.path += [p for p in path if p not in sys.path]
     cpus = defaults.cpus
     with open(os.devnull, 'w') as null,redirect_stdout(null),_numbered(folder) as i,torch_threads(threads or torch.get_num_threads()):
         if torch.cuda.is_available(): torch.cuda.set_device(i % torch.cuda.device_count())
@@ -138,7 +140,7 @@ def _as_worker(folder, n, threads):
         try: yield
         finally: defaults.cpus = cpus
 
-# %% ../../nbs/42_recipes.parallel.ipynb #ed3808c6
+# %% ../../nbs/42_recipes.parallel.ipynb #1e0739eb
 class Tell:
     "Writes how far a call is into a file; a `FileNotFoundError` if its job has ended"
     def __init__(self, path): self.path,self.at,self.note,self.start = path,0.,None,None
@@ -161,15 +163,15 @@ class Outcome(NamedTuple):
     error:str=None # What it raised, in one line
     trace:str='' # Where, unless the line says what to do
 
-def _work(folder, told, name, n, threads):
+def _work(folder, told, name, share):
     try:
-        with _as_worker(folder, n, threads):
+        with _as_worker(folder, **share):
             (told/name).touch()
             return Outcome(name, unpack(folder/'calls')[name](folder.parent, Tell(told/name)))
     except (RecipeError, WriteError) as e: return Outcome(name, error=str(e))
     except Exception as e: return Outcome(name, error=f'{type(e).__name__}: {e}', trace=traceback.format_exc())
 
-# %% ../../nbs/42_recipes.parallel.ipynb #da342eb0
+# %% ../../nbs/42_recipes.parallel.ipynb #092a9fec
 class Board:
     "Shows how far calls are"
     def __init__(self,
@@ -192,7 +194,7 @@ class Board:
         secs = f', about {timedelta(seconds=round((time.monotonic()-self.began)*todo/done))} left' if done > 0 else ''
         return f'{self.over} of {len(self.at)} finished{secs}'
 
-# %% ../../nbs/42_recipes.parallel.ipynb #6dcfa60b
+# %% ../../nbs/42_recipes.parallel.ipynb #431561e5
 @patch
 def look(self:Board,
     told:Path, # Folder of the files that `Tell` writes
@@ -249,7 +251,7 @@ def watch(self:Board,
         done.set()
         thread.join()
 
-# %% ../../nbs/42_recipes.parallel.ipynb #7b0cae4b
+# %% ../../nbs/42_recipes.parallel.ipynb #4212e9d2
 @contextmanager
 def _closing(results):
     try: yield results
@@ -258,12 +260,13 @@ def _closing(results):
             warnings.simplefilter('ignore') # that results are not waited for
             results.close()
 
-def _turn(names, folder, n, threads, board, lost):
+def _turn(names, folder, share, board, lost):
     "Make the calls; those that lose their worker are added to `lost`"
     with TemporaryDirectory(dir=folder) as d,board.watch(told := Path(d)):
-        work = (delayed(_work)(folder, told, name, n, threads) for name in names)
+        work = (delayed(_work)(folder, told, name, share) for name in names)
+        at_once = Parallel(share['n'], return_as='generator_unordered', batch_size=1, pre_dispatch=share['n'])
         try:
-            with _closing(Parallel(n, return_as='generator_unordered', batch_size=1, pre_dispatch=n)(work)) as outcomes:
+            with _closing(at_once(work)) as outcomes:
                 for o in outcomes:
                     board.end(o, told)
                     yield o
@@ -273,7 +276,7 @@ def _turn(names, folder, n, threads, board, lost):
             if not lost: raise RecipeError(f'the workers end before they begin: {e}') from e
             board.say(f"a worker died; begun again from the last checkpoint: {', '.join(lost)}")
 
-# %% ../../nbs/42_recipes.parallel.ipynb #bdf21e59
+# %% ../../nbs/42_recipes.parallel.ipynb #cc34fc44
 def side_by_side(
     calls:dict, # Name → function of a folder and a `Tell`
     out:Path, # The folder; what the call of a `name` has to go on with after its worker died is there
@@ -282,12 +285,12 @@ def side_by_side(
     "Make all calls, several at once"
     with TemporaryDirectory(prefix='.tmp-', dir=Path(out).resolve(), ignore_cleanup_errors=True) as d,engine.start() as n:
         pack(calls, (folder := Path(d))/'calls')
-        threads = max(1, torch.get_num_threads()//n)
+        share = dict(n=n, threads=max(1, torch.get_num_threads()//n), path=sys.path)
         left,deaths = dict.fromkeys(calls),Counter()
         with (board := Board(calls)).bars or nullcontext():
             while left:
                 lost = []
-                for o in _turn(list(left), folder, n, threads, board, lost):
+                for o in _turn(list(left), folder, share, board, lost):
                     del left[o.name]
                     yield o
                 deaths.update(tries := [(name, board.notes.get(name)) for name in lost])
