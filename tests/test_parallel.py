@@ -68,11 +68,22 @@ def test_same_bits_with_a_worker_killed(whole, tmp_path, cluster):
 
 def test_a_run_that_fails(whole, tmp_path, capsys):
     "It is named, the others are finished, and `resume` trains it"
-    with pytest.raises(RecipeError, match='radam-2: ValueError: not today; all others are finished; --resume trains the rest'):
+    with pytest.raises(RecipeError, match='radam-2: ValueError: .* not today; all others are finished; --resume trains the rest'):
         run_job(runs(Once(tmp_path/'failed', fail)), tmp_path/'out', 'test', keep=True, engine=Engine(2))
     assert len(read_records(tmp_path/'out'/'records.jsonl')) == 3 and 'in fail' in capsys.readouterr().err
     run_job(runs(), tmp_path/'out', 'test', True, True, engine=Engine(2))
     equal_jobs(whole, tmp_path/'out')
+
+def blind(folder, told, name, share, parcel=None): return parallel._work(Path('nowhere'), Path('nowhere'), name, share, parcel)
+
+def test_workers_that_do_not_see_the_folder(whole, tmp_path, monkeypatch, capsys):
+    "Checkpoints come back after every epoch, and the run goes on from there"
+    monkeypatch.setattr(parallel, '_work', blind) # here: in the workers, it is what it was
+    records = run_job(runs(), tmp_path/'out', 'test', keep=True, engine=Engine(2))
+    equal_jobs(whole, tmp_path/'out')
+    assert all([s['epoch'] for s in r['sittings']] == [0, 1, 2] for r in records)
+    out = capsys.readouterr().out
+    assert all(out.count(f'\nadam-2: epoch {i} of 3') == 1 for i in (1,2,3))
 
 SCRIPT = '''
 import os, sys
@@ -123,13 +134,13 @@ def test_a_call_that_always_kills_its_worker(monkeypatch, tmp_path):
     "It is given up the third time that it has nothing new to tell; the others go on"
     monkeypatch.setattr(Engine, 'start', lambda self: parallel.nullcontext(2))
     turns = []
-    def turn(names, folder, share, board, lost):
+    def turn(self, names):
         turns.append(names)
-        board.notes['a'] = 'epoch 1' if len(turns) > 1 else ''
+        self.board.notes['a'] = 'epoch 1' if len(turns) > 1 else ''
         if len(turns) == 3: yield Outcome('b', 1)
-        if len(turns) < 5: lost.append('a')
-        else: yield Outcome('c', 2)
-    monkeypatch.setattr(parallel, '_turn', turn)
+        if len(turns) == 5: yield Outcome('c', 2)
+        self.lost = ['a'] if len(turns) < 5 else []
+    monkeypatch.setattr(parallel.Turns, 'turn', turn)
     got = list(parallel.side_by_side(dict.fromkeys('abc', len), tmp_path, Engine(2)))
     assert [(o.name, o.value) for o in got] == [('b', 1), ('a', None), ('c', 2)] and 'died three times' in got[1].error
     assert turns == [['a','b','c']]*3 + [['a','c'], ['c']]

@@ -7,7 +7,7 @@ An experiment is dozens of runs that know nothing of each other. [joblib](https:
 # %% auto #0
 __all__ = ['Engine']
 
-# %% ../../nbs/42_recipes.parallel.ipynb #e8071a9c
+# %% ../../nbs/42_recipes.parallel.ipynb #53ee4726
 import itertools
 import json
 import os
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from threading import Event, RLock, Thread
 from typing import NamedTuple
 
@@ -36,10 +36,10 @@ from filelock import FileLock, Timeout
 from joblib import Parallel, delayed, parallel_config, register_parallel_backend
 from rich.progress import BarColumn, Progress, TextColumn
 
-from ..files import WriteError, cannot_write, disk_error
+from ..files import WriteError, cannot_write, disk_error, replacing
 from .cli import OptionError, RecipeError, check, check_choice, check_ranges, torch_threads
 
-# %% ../../nbs/42_recipes.parallel.ipynb #c6d67a6c
+# %% ../../nbs/42_recipes.parallel.ipynb #8cd138a4
 def _begin_worker(parent):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     def watch():
@@ -51,7 +51,7 @@ def _begin_worker(parent):
 def _processes(jobs, address):
     with parallel_config('loky', n_jobs=jobs, initializer=_begin_worker, initargs=(os.getpid(),)): yield jobs
 
-# %% ../../nbs/42_recipes.parallel.ipynb #13396aa4
+# %% ../../nbs/42_recipes.parallel.ipynb #75bebb84
 @contextmanager
 def _dask(jobs, address):
     import dask
@@ -77,7 +77,7 @@ def _ray(jobs, address):
 
 CLUSTERS = dict(ray=_ray, dask=_dask)
 
-# %% ../../nbs/42_recipes.parallel.ipynb #ec179e27
+# %% ../../nbs/42_recipes.parallel.ipynb #2216198c
 @dataclass(frozen=True)
 class Engine:
     "What trains the runs of a job; an `OptionError` names what is not allowed"
@@ -88,6 +88,8 @@ class Engine:
     def alone(self): return self.cluster is None and self.jobs in (None, 1)
     @property
     def kind(self): return (self.cluster or '').partition(':')[0]
+    @property
+    def address(self): return (self.cluster or '').partition(':')[2]
     def __post_init__(self):
         check_ranges(dict(jobs=self.jobs), dict(jobs=(1,1024)))
         if self.cluster is not None: check_choice('cluster', self.kind, CLUSTERS)
@@ -97,7 +99,7 @@ class Engine:
     def start(self):
         "Yields the number of workers"
         with ExitStack() as stack:
-            try: n = stack.enter_context(CLUSTERS.get(self.kind, _processes)(self.jobs, (self.cluster or '').partition(':')[2]))
+            try: n = stack.enter_context(CLUSTERS.get(self.kind, _processes)(self.jobs, self.address))
             except ImportError as e:
                 raise OptionError(f"--cluster {self.kind}: needs a package; pip install 'radam_fastai[{self.kind}]' ({e})") from e
             except OptionError: raise
@@ -105,16 +107,17 @@ class Engine:
             check(n > 1, f'--cluster {self.cluster}: has {n} worker; it takes two')
             yield n
 
-# %% ../../nbs/42_recipes.parallel.ipynb #1a2eb0ac
+# %% ../../nbs/42_recipes.parallel.ipynb #cf785c63
 def pack(
     calls:dict, # Name → function
     path:Path, # File to write
-):
+) -> Path: # `path`
     "Write `calls` to a file, tensors once each"
     try:
         with open(path, 'wb') as f: torch.save(calls, f, pickle_module=cloudpickle)
     except (TypeError, pickle.PicklingError) as e: raise OptionError(f'--jobs: a run cannot be sent to another process ({e})') from e
     except (OSError, RuntimeError) as e: raise cannot_write(path, disk_error(e)) from e
+    return path
 
 def unpack(
     path:Path, # File from `pack`
@@ -122,7 +125,7 @@ def unpack(
     "The calls in a file that this job has written"
     return torch.load(path, mmap=True, weights_only=False)
 
-# %% ../../nbs/42_recipes.parallel.ipynb #9e7c68c1
+# %% ../../nbs/42_recipes.parallel.ipynb #de1bfd43
 @contextmanager
 def _numbered(folder):
     for i in itertools.count():
@@ -131,7 +134,12 @@ def _numbered(folder):
             return
 
 @contextmanager
-def _as_worker(folder, n, threads, path=()):
+def _as_worker(
+    folder, # Where workers take their numbers
+    n, # How many share the machine
+    threads=None, # `None`: those that the cluster gives them
+    path=(), # Where modules may be, beside the usual places
+):
     sys.path += [p for p in path if p not in sys.path]
     cpus = defaults.cpus
     with open(os.devnull, 'w') as null,redirect_stdout(null),_numbered(folder) as i,torch_threads(threads or torch.get_num_threads()):
@@ -140,7 +148,7 @@ def _as_worker(folder, n, threads, path=()):
         try: yield
         finally: defaults.cpus = cpus
 
-# %% ../../nbs/42_recipes.parallel.ipynb #1e0739eb
+# %% ../../nbs/42_recipes.parallel.ipynb #b281d85f
 class Tell:
     "Writes how far a call is into a file; a `FileNotFoundError` if its job has ended"
     def __init__(self, path): self.path,self.at,self.note,self.start = path,0.,None,None
@@ -160,18 +168,43 @@ class Outcome(NamedTuple):
     "What became of a call"
     name:str
     value:object=None # What it returned
-    error:str=None # What it raised, in one line
+    error:str=None # What it raised, in a line
     trace:str='' # Where, unless the line says what to do
+    again:bool=False # It is not over: it needs its parcel, or has come as far as `told`
+    told:str='' # By a call that was made elsewhere
+    checkpoint:bytes=None # Of it
 
-def _work(folder, told, name, share):
+# %% ../../nbs/42_recipes.parallel.ipynb #d5d5ad30
+class Paused(Exception): "A call has told what is new"
+
+class TellOnce(Tell):
+    "Pauses its call as soon as it tells more after something new"
+    def __call__(self, done, total, note=''):
+        if self.note: raise Paused('for the checkpoint to be sent')
+        super().__call__(done, total, note)
+
+def _elsewhere(name, calls, checkpoint):
+    with TemporaryDirectory() as d:
+        path,told = (out := Path(d))/f'{name}.pth',out/'told'
+        told.touch()
+        if checkpoint: path.write_bytes(checkpoint)
+        (out/'calls').write_bytes(calls)
+        try: o = Outcome(name, unpack(out/'calls')[name](out, TellOnce(told)))
+        except Paused: o = Outcome(name, again=True)
+        return o._replace(told=told.read_text(), checkpoint=path.read_bytes() if path.exists() else None)
+
+def _work(folder, told, name, share, parcel=None):
     try:
-        with _as_worker(folder, **share):
+        seen = (folder/'calls').exists()
+        if not (seen or parcel): return Outcome(name, again=True)
+        with _as_worker(folder if seen else Path(gettempdir()), **share):
+            if parcel: return _elsewhere(name, *parcel)
             (told/name).touch()
             return Outcome(name, unpack(folder/'calls')[name](folder.parent, Tell(told/name)))
     except (RecipeError, WriteError) as e: return Outcome(name, error=str(e))
-    except Exception as e: return Outcome(name, error=f'{type(e).__name__}: {e}', trace=traceback.format_exc())
+    except Exception as e: return Outcome(name, error=f"{type(e).__name__}: {' '.join(str(e).split())}", trace=traceback.format_exc())
 
-# %% ../../nbs/42_recipes.parallel.ipynb #092a9fec
+# %% ../../nbs/42_recipes.parallel.ipynb #56d995f9
 class Board:
     "Shows how far calls are"
     def __init__(self,
@@ -194,7 +227,7 @@ class Board:
         secs = f', about {timedelta(seconds=round((time.monotonic()-self.began)*todo/done))} left' if done > 0 else ''
         return f'{self.over} of {len(self.at)} finished{secs}'
 
-# %% ../../nbs/42_recipes.parallel.ipynb #431561e5
+# %% ../../nbs/42_recipes.parallel.ipynb #0a700efb
 @patch
 def look(self:Board,
     told:Path, # Folder of the files that `Tell` writes
@@ -202,7 +235,7 @@ def look(self:Board,
     "Show what is new there"
     with self.lock:
         now = []
-        for p in sorted(told.glob('*')):
+        for p in sorted(told.glob('[!.]*')):
             try: start,done,total,note = json.loads(p.read_text())
             except (OSError, ValueError): continue # it is being written
             now.append(p.name)
@@ -244,56 +277,93 @@ def watch(self:Board,
     "Look twice a second"
     done = Event()
     def look():
-        while not done.wait(.5): self.look(told)
+        with suppress(OSError): # a broken output, which the first process notices, too
+            while not done.wait(.5): self.look(told)
     (thread := Thread(target=look, daemon=True)).start()
     try: yield
     finally:
         done.set()
         thread.join()
 
-# %% ../../nbs/42_recipes.parallel.ipynb #4212e9d2
+# %% ../../nbs/42_recipes.parallel.ipynb #dd5f99ec
+class Lost(Exception): "The engine has failed"
+
 @contextmanager
-def _closing(results):
-    try: yield results
+def _outcomes(calls, n):
+    "The outcomes of calls, as they come; no call goes on afterwards"
+    def results():
+        try: yield from found
+        except Exception as e: raise Lost(e) from e
+    found = Parallel(n, return_as='generator_unordered', batch_size=1, pre_dispatch=n)(calls)
+    try: yield results()
     finally:
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore') # that results are not waited for
-            results.close()
+            warnings.simplefilter('ignore') # that joblib does not wait for them
+            found.close()
 
-def _turn(names, folder, share, board, lost):
-    "Make the calls; those that lose their worker are added to `lost`"
-    with TemporaryDirectory(dir=folder) as d,board.watch(told := Path(d)):
-        work = (delayed(_work)(folder, told, name, share) for name in names)
-        at_once = Parallel(share['n'], return_as='generator_unordered', batch_size=1, pre_dispatch=share['n'])
-        try:
-            with _closing(at_once(work)) as outcomes:
-                for o in outcomes:
-                    board.end(o, told)
-                    yield o
-        except Exception as e: # the engine's: a call's own are outcomes
-            board.look(told)
-            lost += [p.name for p in told.glob('*')]
-            if not lost: raise RecipeError(f'the workers end before they begin: {e}') from e
-            board.say(f"a worker died; begun again from the last checkpoint: {', '.join(lost)}")
+# %% ../../nbs/42_recipes.parallel.ipynb #241257ee
+class Turns:
+    "Calls that are made again until they are over"
+    def __init__(self,
+        calls:dict, # Name → function of a folder and a `Tell`
+        folder:Path, # In that of the job; seen by the workers, or not
+        share:dict, # As for `_as_worker`
+    ):
+        self.calls,self.folder,self.share,self.away,self.lost,self.board = calls,folder,share,set(),[],Board(calls)
+        pack(calls, folder/'calls')
 
-# %% ../../nbs/42_recipes.parallel.ipynb #cc34fc44
+    def _call(self, told, name):
+        if name not in self.away: return delayed(_work)(self.folder, told, name, self.share)
+        (told/name).touch()
+        path = self.folder.parent/f'{name}.pth'
+        calls = (packed := pack({name: self.calls[name]}, told/f'.{name}')).read_bytes()
+        packed.unlink()
+        parcel = calls,path.read_bytes() if path.exists() else None
+        return delayed(_work)(self.folder, told, name, self.share, parcel)
+
+    def _arrived(self, told, o):
+        self.away.add(o.name)
+        if not o.checkpoint: return
+        with replacing(self.folder.parent/f'{o.name}.pth') as tmp: tmp.write_bytes(o.checkpoint)
+        (told/o.name).write_text(o.told)
+        self.board.look(told)
+
+    def turn(self,
+        names, # Of the calls that are not over
+    ): # Yields `Outcome`s of those that are
+        "Make calls; `lost` are those that lost their worker"
+        self.lost = []
+        with TemporaryDirectory(dir=self.folder) as d,self.board.watch(told := Path(d)):
+            try:
+                with _outcomes((self._call(told, name) for name in names), self.share['n']) as outcomes:
+                    for o in outcomes:
+                        if o.again or o.checkpoint: self._arrived(told, o)
+                        if not o.again:
+                            self.board.end(o, told)
+                            yield o
+            except Lost as e:
+                self.board.look(told)
+                self.lost = [p.name for p in told.glob('[!.]*')]
+                if not self.lost: raise RecipeError(f'the workers end before they begin: {e}') from e
+                self.board.say(f"a worker died; begun again from the last checkpoint: {', '.join(self.lost)}")
+
+# %% ../../nbs/42_recipes.parallel.ipynb #ab654b9f
 def side_by_side(
-    calls:dict, # Name → function of a folder and a `Tell`
-    out:Path, # The folder; what the call of a `name` has to go on with after its worker died is there
+    calls:dict, # Name → function of a folder and a `Tell`; what it goes on with is in `NAME.pth` there
+    out:Path, # The folder
     engine:Engine, # That does not work alone
 ): # Yields `Outcome`s, as they come
     "Make all calls, several at once"
     with TemporaryDirectory(prefix='.tmp-', dir=Path(out).resolve(), ignore_cleanup_errors=True) as d,engine.start() as n:
-        pack(calls, (folder := Path(d))/'calls')
-        share = dict(n=n, threads=max(1, torch.get_num_threads()//n), path=sys.path)
-        left,deaths = dict.fromkeys(calls),Counter()
-        with (board := Board(calls)).bars or nullcontext():
+        turns = Turns(calls, Path(d), dict(n=n, threads=None if engine.address else max(1, torch.get_num_threads()//n), path=sys.path))
+        left,deaths,notes = dict.fromkeys(calls),Counter(),turns.board.notes
+        with turns.board.bars or nullcontext():
             while left:
-                lost = []
-                for o in _turn(list(left), folder, share, board, lost):
+                for o in turns.turn([*left]):
                     del left[o.name]
                     yield o
-                deaths.update(tries := [(name, board.notes.get(name)) for name in lost])
-                for name in (name for name,note in tries if deaths[name,note] == 3):
+                deaths.update((name, notes.get(name)) for name in turns.lost)
+                for name in turns.lost:
+                    if deaths[name,notes.get(name)] < 3: continue
                     del left[name]
                     yield Outcome(name, error='its worker died three times, for want of memory perhaps, of which fewer --jobs need less')
