@@ -190,13 +190,13 @@ lasting = { # of jobs that are killed, of disks, command lines and processes; th
                                       "learn.recorder.smooth_loss.val,learn.recorder.smooth_loss.count = state['smooth_loss']", 'pass',
                                       'resume'),
     'the epoch is trained again':    ('recipes/checkpoint', 'dict(epoch=learn.epoch+1,', 'dict(epoch=max(1, learn.epoch),', 'resume'),
-    'the checkpoint goes first':     ('recipes/jobs', "        append_record(out/'records.jsonl', record)\n",
-                                      "        if not keep: path.unlink(missing_ok=True)\n"
-                                      "        append_record(out/'records.jsonl', record)\n", 'resume'),
+    'the checkpoint goes first':     ('recipes/jobs', "    append_record(out/'records.jsonl', record)\n",
+                                      "    if not keep: (out/f\"{record['run']}.pth\").unlink(missing_ok=True)\n"
+                                      "    append_record(out/'records.jsonl', record)\n", 'resume'),
     'half a record joined to the next': ('files', "data = b'\\n' + data", 'pass', 'resume'),
     'mixed precision stays on':      ('recipes/precision', 'cast.__exit__(None, None, None)', 'pass', 'resume'),
     'two jobs in a folder':          ('recipes/jobs', "lock = FileLock(out/'.lock').acquire(timeout=0)", 'lock = nullcontext()', 'resume'),
-    'half-written files pile up':    ('recipes/jobs', "for p in out.glob('.tmp-*'): p.unlink()", 'pass', 'resume'),
+    'half-written files pile up':    ('recipes/jobs', "shutil.rmtree(p) if p.is_dir() else p.unlink()", 'pass', 'resume'),
     'PyTorch explains the disk':     ('files', 'return e.__context__ if isinstance(e.__context__, OSError) else e', 'return e', 'disk'),
     'an unwritable folder':          ('recipes/cli', "check(os.access(out, os.W_OK|os.X_OK)", 'check(True', 'disk'),
     'a record that is no record':    ('recipes/jobs', "if state: check_begun(state.get('about'), path)", 'pass', 'mutated'),

@@ -30,7 +30,8 @@ from radam_fastai.recipes.cli import (
     names,
     numbers,
 )
-from ..recipes.jobs import run_job
+from ..recipes.jobs import run_job, show_plan
+from ..recipes.parallel import Engine
 from ..recipes.report import conditions, find_records, once, report as write_report, terminal_table
 
 # %% ../../nbs/54_experiments.main.ipynb #1e11312e
@@ -88,6 +89,9 @@ def main(
     resume:Flag=False, # Continue the job in `out`; finished runs are not repeated
     anew:Flag=False, # Start again; what is in `out` stays
     keep:Flag=False, # Keep the last checkpoint of each run, which is otherwise deleted
+    jobs:int=None, # Runs at once, each with its share of the cores, or a GPU of its own (1)
+    cluster:str=None, # Train on workers of ray or dask: those of a cluster, as in ray:ADDRESS, or new ones on this machine
+    plan:Flag=False, # Only print what is done, what is left, and how long it takes
     report:Path=None, # Train nothing: report on the records below this folder
 ):
     "Run an experiment about RAdam: every contender, every learning rate, several seeds."
@@ -100,11 +104,12 @@ def main(
     exp = EXPERIMENTS[name]
     check_choice('budget', budget, exp.budgets)
     check_ranges(dict(n_items=n_items, seed=seed, runs=runs), {'n_items':(10,10**9), 'seed':RANGES['seed'], 'runs':(1,1000)})
-    shared,cells = exp.budgets[budget]
+    engine,(shared,cells) = Engine(jobs, cluster),exp.budgets[budget]
     shared = {**shared, **{k: v for k,v in dict(epochs=epochs, bs=bs, n_items=n_items).items() if v is not None}}
     todo = get_runs(exp, shared, narrowed(cells, opts, lrs), range(seed, seed+runs), path)
-    shown = {}
+    out,shown = out or Path('runs')/name,{}
+    if plan: return show_plan(todo, out, engine)
     def write(*args, **kwargs): shown.update(report_experiments(*args, **kwargs))
-    records = run_job(todo, check_out(out or Path('runs')/name), name, resume, keep, write, anew)
+    records = run_job(todo, check_out(out), name, resume, keep, write, anew, engine)
     if is_main(): print(*(f'\n{terminal_table(o)}' for o in shown.values() if isinstance(o, pd.DataFrame)), *conditions(records), sep='\n')
     return records

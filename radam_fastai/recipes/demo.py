@@ -24,8 +24,9 @@ from torch import nn
 from ..plot import new_axes, plot_curves
 from .cli import RANGES, Flag, check_out, check_ranges, command, is_main, torch_threads
 from .data import digits, tensor_dls
-from .jobs import Run, run_job
+from .jobs import Run, run_job, show_plan
 from .optims import OPTIMS, opt_func
+from .parallel import Engine
 from .report import runs_table, save_figure, terminal_table
 
 # %% ../../nbs/39_recipes.demo.ipynb #d61f60bb
@@ -90,12 +91,16 @@ def main(
     seed:int=42, # The first of three seeds, for weights and batches
     resume:Flag=False, # Continue the job in `out`; finished runs are not repeated
     anew:Flag=False, # Start again; what is in `out` stays
+    jobs:int=None, # Runs at once, each with its share of the cores, or a GPU of its own (1)
+    cluster:str=None, # Train on workers of ray or dask: those of a cluster, as in ray:ADDRESS, or new ones on this machine
+    plan:Flag=False, # Only print what is done, what is left, and how long it takes
 ):
     "Train on handwritten digits with RAdam, Adam and warmed-up Adam, at a good learning rate and at one that is too high"
     with torch_threads(1):
         check_ranges(dict(epochs=epochs, lr=lr, bs=bs, seed=seed), {**RANGES, 'bs':(2,1437)})
-        out = check_out(out)
-        records = run_job(get_runs(range(seed, seed+3), lr, epochs=epochs, bs=bs), out, 'demo', resume, anew=anew)
+        runs,engine = get_runs(range(seed, seed+3), lr, epochs=epochs, bs=bs),Engine(jobs, cluster)
+        if plan: return show_plan(runs, out, engine)
+        records = run_job(runs, out := check_out(out), 'demo', resume, anew=anew, engine=engine)
         if is_main():
             figure = save_figure(demo_figure(records), out/'demo.png')
             print(f"\n{terminal_table(runs_table(records))}\n\nfigure: {figure}\nrecords: {out/'records.jsonl'}")

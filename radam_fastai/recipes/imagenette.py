@@ -45,8 +45,9 @@ from radam_fastai.recipes.data import (
     find_folder,
     split_files,
 )
-from .jobs import Run, run_job
+from .jobs import Run, run_job, show_plan
 from .optims import OPTION
+from .parallel import Engine
 from .precision import DevicePrecision, fast_settings, warn_slow_bf16
 from .presets import ARCHS, COMMON, ImagenetteSettings, published, resolve
 from .report import conditions, report as write_report, summary, terminal_table
@@ -235,6 +236,9 @@ def main(
     out:Path=Path('runs/imagenette'), # Folder for records, figures and checkpoints
     resume:Flag=False, # Go on with what is in `out`; finished runs are not repeated
     anew:Flag=False, # Begin again beside what is in `out`
+    jobs:int=None, # Runs at once, each with its share of the cores, or a GPU of its own (1)
+    cluster:str=None, # Train on workers of ray or dask: those of a cluster, as in ray:ADDRESS, or new ones on this machine
+    plan:Flag=False, # Only print what is done, what is left, and how long it takes
     keep:Flag=False, # Keep the last checkpoint of each run (it is deleted)
     report:Path=None, # Only report on the records below this folder
     dump:Flag=False, # Only print settings and network
@@ -277,6 +281,7 @@ def main(
     if device != 'cuda' and not fp16 and not bf16: given.update(fp16=False, bf16=False)
     s,changed = resolve(preset, given)
     check_ranges(opts, {'seed':RANGES['seed'], 'runs':(1,1000), 'workers':(0,256)})
+    engine = Engine(jobs, cluster)
     if fast: s = fastest(s, device, keep=fp16 is not None or bf16 is not None)
     check_machine(s)
     if dump: return print(json.dumps({k: s.options()[k] for k in COMMON}, indent=1), model_of(s), sep='\n')
@@ -286,6 +291,7 @@ def main(
     check_counts(s, files[0])
     about = dict(preset=preset, changed=changed, published=published(preset) if not (changed or woof or n_items is not None) else None)
     runs = get_runs(s, range(seed, seed+runs), files, dict(source=source), about, path, workers, in_memory)
-    records = run_job(runs, check_out(out), 'imagenette', resume, keep, anew=anew)
+    if plan: return show_plan(runs, out, engine)
+    records = run_job(runs, check_out(out), 'imagenette', resume, keep, anew=anew, engine=engine)
     if is_main(): print(f'\n{terminal_table(summary(records))}\n', *conditions(records), sep='\n')
     return records
