@@ -270,7 +270,7 @@ def get_dls(dtype):
     x = torch.randn(20, 2, 4, 4, generator=g, dtype=torch.float64)
     y = torch.stack([x.mean((1,2,3)), x[:,0].amax((1,2))], 1)
     ds = Data(zip(x.to(dtype), y.to(dtype)))
-    return DataLoaders.from_dsets(ds, ds, bs=4, shuffle=False, num_workers=0, device='cpu')
+    return DataLoaders.from_dsets(ds, Data(ds[:4]), bs=4, shuffle=False, num_workers=0, device='cpu')
 
 def get_model():
     "A convolution with its norm, and a linear layer; no parameter starts at zero"
@@ -284,7 +284,7 @@ def halves(m): return [fastai_params(m[0]), fastai_params(m[1])]
 def mse(pred, y): return F.mse_loss(pred, y).float()
 
 def get_learner(opt_func, model=None, dtype=torch.float64, loss_func=mse, splitter=halves, **kwargs):
-    "A quiet Learner, 5 batches an epoch in the same order, the same from call to call"
+    "A quiet Learner, 5 batches an epoch in the same order and 1 to validate, the same from call to call"
     model = (get_model() if model is None else model).to(dtype)
     learn = Learner(get_dls(dtype), model, loss_func=loss_func, opt_func=opt_func, splitter=splitter, **kwargs)
     learn.remove_cb(ProgressCallback)
@@ -342,10 +342,10 @@ def no_warnings():
 def first_and_rest(m): return [list(m[0].parameters()), list(m[1].parameters())]
 
 def recorded_learner(opt_func, n=32, splitter=first_and_rest, cbs=(), **kwargs):
-    "A quiet Learner of two linear layers, 8 batches an epoch, with a recorder"
+    "A quiet Learner of two linear layers, 8 batches an epoch and 1 to validate, with a recorder"
     torch.manual_seed(0)
     ds = Data((torch.randn(4), torch.randn(2)) for _ in range(n))
-    dls = DataLoaders.from_dsets(ds, ds, bs=4, shuffle=False, num_workers=0, device='cpu')
+    dls = DataLoaders.from_dsets(ds, Data(ds[:4]), bs=4, shuffle=False, num_workers=0, device='cpu')
     learn = Learner(dls, nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), loss_func=nn.MSELoss(), opt_func=opt_func, splitter=splitter,
                     cbs=[RectifierRecorder(), *cbs], train_bn=False, **kwargs)
     learn.remove_cb(ProgressCallback)

@@ -35,7 +35,7 @@ def get_learner(opt_func=RAdam, cbs=(), n=32, model=None, **kwargs):
     torch.manual_seed(0)
     random.seed(0) # of the loaders' order
     ds = Data((torch.randn(4), torch.randn(2)) for _ in range(n))
-    dls = DataLoaders.from_dsets(ds, ds, bs=4, shuffle=True, num_workers=0, device='cpu')
+    dls = DataLoaders.from_dsets(ds, Data(ds[:4]), bs=4, shuffle=True, num_workers=0, device='cpu')
     model = model or nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
     learn = Learner(dls, model, loss_func=nn.MSELoss(), opt_func=opt_func, splitter=first_and_rest, cbs=cbs, train_bn=False, **kwargs)
     learn.remove_cb(ProgressCallback)

@@ -553,6 +553,7 @@ def test_load_learner_and_fit_again(opt_func, tmp_path):
 
 # --- the rest of the house
 
+@pytest.mark.slow
 def test_compiled_model(pair):
     "Its parameters keep their flags, and end where fastai's end without compiling"
     torch._dynamo.reset()

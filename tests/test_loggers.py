@@ -262,7 +262,7 @@ def test_keep_going():
         learn.fit(2, .01)
     assert len(learn.rectifier.to_frame()) == 32 and cb.n == 5
     learn.fit(1, .01)
-    assert cb.n == 5+16 # training and validation batches of the next fit
+    assert cb.n == 5+8+1 # training and validation batches of the next fit
 
 def test_keep_going_does_not_hide_errors_before_the_first_batch_nor_fastais_signals():
     learn = recorded_learner(RAdam)

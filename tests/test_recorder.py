@@ -400,6 +400,7 @@ learn.rectifier.csv = 'r.csv'
 learn.fit(2, .01, cbs=Kill())
 '''
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_its_rows(tmp_path):
     done = subprocess.run([sys.executable, '-c', KILLED.format(tests=str(Path(__file__).parent), path=str(tmp_path))], capture_output=True)
     assert done.returncode == -9
