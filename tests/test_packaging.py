@@ -1,4 +1,5 @@
 """The package's facts agree wherever they are written, and it builds and installs."""
+import re
 import subprocess
 import sys
 import zipfile
@@ -77,6 +78,18 @@ def test_wheel_holds_the_package_alone(wheel):
     head = set(md.splitlines())
     assert {f'Version: {radam_fastai.__version__}', 'License-Expression: Apache-2.0', 'Requires-Python: >=3.10',
             *(f'Provides-Extra: {e}' for e in extras)} <= head
+
+def test_links_of_the_description_are_absolute(wheel):
+    "Each leads to a file of the repository that there is, pictures to the file itself; README.md keeps relative ones"
+    with zipfile.ZipFile(wheel) as z: md = z.read(f'radam_fastai-{radam_fastai.__version__}.dist-info/METADATA').decode()
+    readme,shown = ([(bang, link) for bang,link in re.findall(r'(!?)\[[^]]*\]\(([^\s()#]+)', text)]
+                    for text in ((root/'README.md').read_text(), md.split('\n\n', 1)[1]))
+    assert len(readme) == len(shown) and not any(link.startswith(facts['git_url']) for _,link in readme)
+    for (bang,ours),(_,theirs) in zip(readme, shown):
+        if ours.startswith('https://'): assert theirs == ours
+        else:
+            assert theirs == f"{facts['git_url']}/{'raw' if bang else 'blob'}/{facts['branch']}/{ours}"
+            assert (root/ours).exists()
 
 def test_package_index_can_show_it(wheel):
     pytest.importorskip('twine')

@@ -2,16 +2,14 @@
 
 Cells with `#| hide` are left out, `#| echo: false` leaves a cell's outputs only, `#| output: false` its source only, links relative
 to nbs/ become relative to the project, and figures among the outputs go to index_files/. `tools/docs.py` makes the site's pages
-the same way."""
+the same way, and `setup.py` the description of the package, where nothing but setuptools may be installed: so a function imports
+what it needs beyond the standard library."""
 import posixpath
 import re
 import shutil
+from configparser import ConfigParser
 from pathlib import Path
 from typing import Callable
-
-import nbformat
-from fastcore.nbio import nb2str, read_nb
-from nbconvert import MarkdownExporter
 
 NOTE = "<!-- Made from nbs/index.ipynb by `make readme`: edit the notebook, not this file. -->"
 FIGURES = 'index_files'
@@ -49,6 +47,9 @@ def to_markdown(
     figures:str # Folder for the figures among its outputs
 )->tuple: # Markdown, and the figures' bytes by path
     "`nb` as a page, without pandas' style sheets, which would show as text"
+    import nbformat
+    from fastcore.nbio import nb2str
+    from nbconvert import MarkdownExporter
     nb = nbformat.reads(nb2str(nb), 4)
     nb.metadata.language_info = {'name': 'python'}
     md,res = MarkdownExporter(raw_template=TEMPLATE).from_notebook_node(nb, {'output_files_dir': figures})
@@ -58,6 +59,7 @@ def readme(
     root:Path # The project's folder
 )->dict: # Bytes by path relative to `root`
     "README.md and the figures that it shows"
+    from fastcore.nbio import read_nb
     nbs = Path(root)/'nbs'
     def _target(link): return posixpath.normpath(f'{nbs.name}/{link}') if (nbs/link).exists() else link
     nb = read_nb(nbs/'index.ipynb')
@@ -66,6 +68,18 @@ def readme(
     md,figures = to_markdown(nb, FIGURES)
     md = re.sub(r'\n\s*\n', '\n\n', f'{NOTE}\n\n{md}').strip() + '\n'
     return {'README.md': md.encode(), **figures}
+
+def description(
+    root:Path # The project's folder
+)->str: # Markdown
+    "README.md with absolute links, because relative ones lead nowhere on a package index"
+    facts = ConfigParser(interpolation=None)
+    facts.read(root/'settings.ini', encoding='utf-8')
+    url,branch = (facts['DEFAULT'][k] for k in ('git_url', 'branch'))
+    def _target(link):
+        kind = 'raw' if link.startswith(FIGURES) else 'blob'
+        return f'{url}/{kind}/{branch}/{link}' if (root/link).exists() else link
+    return relink((root/'README.md').read_text(encoding='utf-8'), _target)
 
 def main():
     root = Path(__file__).resolve().parent.parent

@@ -173,7 +173,7 @@ def label_panels(
     for ax in axs:
         if not ax.get_subplotspec().is_first_col(): ax.set_ylabel('')
     fig,(handles,names) = axs[0].figure,axs[0].get_legend_handles_labels()
-    if handles: fig.legend(handles, names, loc='outside lower center', ncols=3, fontsize='small', frameon=False)
+    if len(handles) > 1: fig.legend(handles, names, loc='outside lower center', ncols=3, fontsize='small', frameon=False)
     return fig
 
 # %% ../../nbs/50_experiments.sweep.ipynb #c224af9b
@@ -206,7 +206,8 @@ def sweep_figure(
     plot_sweep(at, 'learning rate', metric, ax, [opts[name] for name in at])
     ax.set_xticks(lrs, [f'{lr:g}' for lr in lrs])
     ax.minorticks_off()
-    return ax.figure
+    if own := ax.get_legend(): own.remove() # it may be wider than the axes
+    return label_panels([ax])
 
 # %% ../../nbs/50_experiments.sweep.ipynb #32faa531
 def show_sweep(
