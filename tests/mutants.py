@@ -284,7 +284,8 @@ cuda = { # name: (module, what is there, what stands there instead), for tests/t
                                       "        vars(self.keys)['n'] = vars(self.keys).get('n', 0)+1\n"
                                       "        radam_step_(*part, self.keys.n,"),
     'the recorder reads a weight':   ('recorder', '        super().stepped()\n        if self.csv',
-                                      '        next(self.learn.model.parameters()).sum().item()\n        super().stepped()\n        if self.csv'),
+                                      '        next(self.learn.model.parameters()).sum().item()\n        super().stepped()\n'
+                                      '        if self.csv'),
     'the kernel is waited for':      ('functional', 'steps = [kernel_step.fill_(step)] * len(params)',
                                       'steps = [kernel_step.fill_(step)] * len(params); kernel_step.item()'),
     'momentum is waited for':        ('functional', 'torch._foreach_lerp_(grad_avgs, grads, 1-mom)',
