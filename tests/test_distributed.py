@@ -63,6 +63,7 @@ if mode == 'all':
     kw = dict(path=images, arch='xresnet18', size=32, bs=16, epochs=1, workers=1, out=out/'images', preset='over9000-radam')
     imagenette.main(**kw)
     imagenette.main(**{**kw, 'runs':2}, resume=True)
+    imagenette.main(**{**kw, 'out':out/'memory'}, in_memory=True)
 (out/f'done-{rank}').touch()
 '''
 
@@ -75,7 +76,8 @@ def accelerate(tmp_path, *args, n=2):
     "What becomes of `job.py` with these arguments, run by `n` processes"
     launcher = ['-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', str(n), '--num_machines', '1', 
                 '--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port', '0']
-    env = {**os.environ, 'PYTHONPATH': str(root), 'OMP_NUM_THREADS': '1', 'ACCELERATE_USE_CPU': 'true', 'CUDA_VISIBLE_DEVICES': ''}
+    env = {**os.environ, 'HOME': str(tmp_path), 'PYTHONPATH': str(root), 'OMP_NUM_THREADS': '1', 'ACCELERATE_USE_CPU': 'true',
+           'CUDA_VISIBLE_DEVICES': ''}
     return subprocess.run([sys.executable, *launcher, str(tmp_path/'job.py'), *map(str, args)], env=env, cwd=tmp_path, capture_output=True,
                           text=True, timeout=1800)
 
@@ -116,6 +118,13 @@ def test_the_first_process_writes_and_prints(both):
     assert [r['run'] for r in read_records(both[1]/'images'/'records.jsonl')] == ['xresnet18-radam-42','xresnet18-radam-43']
     assert sorted(p.name for p in (both[1]/'digits').iterdir()) == sorted(p.name for p in (both[0]/'digits').iterdir())
     assert all((both[1]/f'done-{rank}').exists() for rank in (0, 1))
+
+def test_processes_share_images_in_memory(both):
+    "One of two decodes them; each step's loss is that of images from files, but for what Pillow rounds"
+    files,memory = (read_records(both[1]/name/'records.jsonl')[0] for name in ('images', 'memory'))
+    assert memory['options'] == files['options'] | dict(in_memory=True)
+    assert memory['steps']['loss'] == pytest.approx(files['steps']['loss'], rel=.02)
+    assert len(list((both[1].parent/'.radam_data').glob('decoded-*'))) == 1
 
 def test_an_error_of_one_process_is_said_by_it(tmp_path, images):
     "Of two processes, the second reads the image that is damaged: its line is the one that names the file"

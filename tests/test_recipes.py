@@ -192,8 +192,8 @@ def test_dump(cli, images):
 
 def test_help(cli):
     _,out,_ = cli('imagenette', '--help')
-    for o in [*COMMON, 'preset','path','seed','workers','out','resume','n_items','compile','channels_last','woof','runs','dump','report',
-              'keep']: assert f"--{o.replace('_', '-')}" in out
+    for o in [*COMMON, 'preset','path','seed','workers','in_memory','out','resume','n_items','compile','channels_last','woof','runs','dump',
+              'report','keep']: assert f"--{o.replace('_', '-')}" in out
     assert all(p in ''.join(out.split()) for p in PRESETS) # argparse may break a line after a dash
 
 # Options that cannot be used
