@@ -48,7 +48,7 @@ def grid(
 class Experiment:
     "A question, and the runs that answer it"
     question:str # One sentence
-    budgets:dict # `small` and `paper` → settings that all runs share, list of the settings in which they differ
+    budgets:dict # Name, such as `small` → settings that all runs share, list of the settings in which they differ
     settings:type # `ExperimentSettings`, or a class of them with fields of its own
     load:Callable # (folder or `None`, settings) → what `make` takes; a description of the data for the record
     make:Callable # (what was loaded, settings) → `Learner`
