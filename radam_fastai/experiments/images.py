@@ -17,10 +17,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from fastai.callback.channelslast import ChannelsLast
+from fastai.callback.fp16 import AMPMode
 from fastai.layers import ConvLayer, Flatten
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
+from fastai.torch_core import default_device
 from fastcore.basics import noop
 from PIL import Image
 from torch import Tensor, nn
@@ -28,6 +30,7 @@ from torch import Tensor, nn
 from .sweep import Experiment, ExperimentSettings, grid, show_sweep
 from ..recipes.cli import check
 from ..recipes.data import crop_flip, digest, digits, draw, find_folder, split_files, tensor_dls, unreadable
+from ..recipes.precision import DevicePrecision, warn_slow_bf16
 
 # %% ../../nbs/51_experiments.images.ipynb #95f84269
 def read_images(
@@ -75,6 +78,7 @@ class ImageSettings(ExperimentSettings):
     "The settings of a ResNet-20"
     size:int=32 # Side of the images, pixels
     augment:bool=False # Shift and mirror photographs at random
+    bf16:bool=False # Train in bfloat16
 
 def load_images(
     path:Path|None, # As in `load_folder`; `None` for scikit-learn's digits
@@ -83,6 +87,7 @@ def load_images(
     "The images of a folder, or scikit-learn's digits"
     if path is None: loaded,about = digits(),dict(name='scikit-learn digits', size=8, classes=10)
     else: loaded,about = load_folder(Path(path), s.size, s.n_items, s.n_valid)
+    if s.bf16: warn_slow_bf16(default_device().type)
     n = len(loaded[0][0])
     check(s.bs <= n, f"--bs {s.bs}: must be at most {n}, the number of training images")
     return loaded,about
@@ -119,17 +124,20 @@ def image_learner(
     "A ResNet-20 with random weights that reports accuracy"
     augment = crop_flip if s.augment and loaded[0][0].shape[1] == 3 else noop # a mirrored digit is not a digit
     return Learner(tensor_dls(*loaded, s.bs, augment), resnet20(n_in=loaded[0][0].shape[1]), loss_func=CrossEntropyLossFlat(),
-                   opt_func=s.opt_func(), metrics=accuracy, wd_bn_bias=False, cbs=[*s.cbs(), ChannelsLast()])
+                   opt_func=s.opt_func(), metrics=accuracy, wd_bn_bias=False,
+                   cbs=[*s.cbs(), ChannelsLast(), *([DevicePrecision(AMPMode.BF16)] if s.bf16 else [])])
 
 # %% ../../nbs/51_experiments.images.ipynb #1e8dec1c
 _opt = dict(mom=.9, eps=1e-8, wd=1e-4)
 SMALL = dict(_opt, sched='flat_cos', pct_start=.5, epochs=6, bs=32, size=16, n_items=4000, n_valid=2000, augment=False, sqr_mom=.99)
+MEDIUM = dict(SMALL, epochs=10, bs=128, size=32, n_items=None, n_valid=None, augment=True, bf16=True)
 PAPER = dict(_opt, sched='step', epochs=164, bs=128, size=32, n_items=None, n_valid=None, augment=True, sqr_mom=.999)
 
 # %% ../../nbs/51_experiments.images.ipynb #44a3276b
 lr_robustness = Experiment(
     'Over how wide a range of learning rates does each optimizer come within 1 % of its best?',
     dict(small=(SMALL, grid(opt=['adam','radam','adam-linear'], lr=[.1,.03,.01,.003,.001]) + grid(opt=['sgd'], lr=[1.,.3,.1,.03])),
+         medium=(MEDIUM, grid(opt=['adam','radam','adam-linear'], lr=[.1,.03,.01,.003])),
          paper=(PAPER, grid(opt=['adam','radam','adam-linear'], lr=[.1,.03,.01,.003,.001]) + grid(opt=['sgd'], lr=[1.,.3,.1,.03,.01]))),
     ImageSettings, load_images, image_learner, show_sweep)
 
@@ -144,5 +152,6 @@ def with_warmups(
 # %% ../../nbs/51_experiments.images.ipynb #11159641
 warmup_lengths = Experiment(
     'Does Adam with a tuned warm-up do better than RAdam, which has nothing to tune?',
-    dict(small=(SMALL, with_warmups([100,200,500], [.1,.01])), paper=(PAPER, with_warmups([100,200,500,1000], [.1,.03,.01,.003]))),
+    dict(small=(SMALL, with_warmups([100,200,500], [.1,.01])), medium=(MEDIUM, with_warmups([100,200,500,1000], [.1,.01])),
+         paper=(PAPER, with_warmups([100,200,500,1000], [.1,.03,.01,.003]))),
     ImageSettings, load_images, image_learner, show_sweep)

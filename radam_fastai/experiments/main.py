@@ -76,7 +76,7 @@ def report_experiments(
 @command(pos=['name'])
 def main(
     name:str=None, # lr-robustness, warmup-lengths, adam-2k, language, variance or degenerate; without a name, they are listed
-    budget:str='small', # small: under 20 minutes on two CPU cores; paper: sizes for a GPU
+    budget:str='small', # small: under 20 minutes on two CPU cores; medium (with images): all of CIFAR-10; paper: sizes for a GPU
     path:Path=None, # Folder of `train` and `test` images, of `train.txt` and `valid.txt`, or of their archive (digits, generated text)
     runs:int=3, # Number of seeds: `seed`, `seed`+1, …
     seed:int=42, # The first seed

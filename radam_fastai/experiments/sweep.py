@@ -48,7 +48,7 @@ def grid(
 class Experiment:
     "A question, and the runs that answer it"
     question:str # One sentence
-    budgets:dict # `small` and `paper` → the settings that all runs share, and a list of those in which they differ
+    budgets:dict # Name, such as `small` → the settings that all runs share, and a list of those in which they differ
     settings:type # `ExperimentSettings` or a subclass
     load:Callable # (folder or `None`, settings) → (data for `make`, their description for the record)
     make:Callable # (data, settings) → `Learner`

@@ -222,8 +222,8 @@ def train_left(
     tell:Tell=None, # Told how far it is
 ) -> dict: # The record
     "Train what is left of a run"
-    path = out/f'{name}.pth'
-    return train_run(run, name, out, recipe, load_checkpoint(path) if path.exists() else None, [TellEpochs(tell)] if tell else ())
+    path,cbs = out/f'{name}.pth',() if tell is None else [TellEpochs(tell)]
+    return train_run(run, name, out, recipe, load_checkpoint(path) if path.exists() else None, cbs)
 
 def one_by_one(
     plan:list, # Run, name, record if it is finished, and what is to be said of it

@@ -49,7 +49,7 @@ def _begin_worker(parent):
 
 @contextmanager
 def _processes(jobs, address):
-    with parallel_config('loky', n_jobs=jobs, initializer=_begin_worker, initargs=(os.getpid(),)): yield jobs
+    with parallel_config('loky', n_jobs=jobs, initializer=_begin_worker, initargs=(os.getpid(),), idle_worker_timeout=10): yield jobs
 
 # %% ../../nbs/42_recipes.parallel.ipynb #75bebb84
 @contextmanager
