@@ -256,7 +256,7 @@ class FirstGradients(GradientHistogram):
 
 # %% ../../nbs/52_experiments.language.ipynb #6853c390
 def loss_figure(
-    records:list, # Of runs
+    records:list, # Records of runs
     every:int=10, # Updates per mean
 ) -> plt.Figure:
     "The training loss over the updates, a panel for each learning rate"
@@ -266,7 +266,7 @@ def loss_figure(
     return curves_figure(records, means, f'training loss, mean of {every} updates', every, 'update')
 
 def gradients_figure(
-    records:list, # Of runs with notes of `FirstGradients`
+    records:list, # Records of runs with notes of `FirstGradients`
 ) -> plt.Figure:
     "The first gradients of each contender, at the highest learning rate and with one seed"
     lr,seed = max(r['options']['lr'] for r in records),min(r['seed'] for r in records)
@@ -280,7 +280,7 @@ def gradients_figure(
     return fig
 
 def show_adam_2k(
-    records:list, # Of runs of `adam_2k`
+    records:list, # Records of runs of `adam_2k`
 ) -> dict: # File name without its suffix → `DataFrame` or figure
     "Tables and figures of the perplexity, the loss of every update, and the first gradients"
     return {**show_sweep(records, 'perplexity'), 'loss':loss_figure(records), 'gradients':gradients_figure(records)}

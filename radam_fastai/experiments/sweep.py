@@ -39,7 +39,7 @@ class ExperimentSettings(Settings):
 
 def grid(
     **axes # Setting → its values
-) -> list: # Of dicts
+) -> list: # List of dicts
     "All combinations of the values"
     return [dict(zip(axes, vals)) for vals in product(*axes.values())]
 
@@ -79,7 +79,7 @@ def get_runs(
 
 # %% ../../nbs/50_experiments.sweep.ipynb #2d0c4540
 def labels(
-    records:list, # Of runs
+    records:list, # Records of runs
 ) -> list[str]: # One per record
     "The contender of each record: its optimizer, and every setting but the learning rate that most records do not share"
     sets = [{**settings(r), 'data': r['data']['name']} for r in records]
@@ -90,7 +90,7 @@ def labels(
     return [name(s) for s in sets]
 
 def lines(
-    records:list, # Of runs
+    records:list, # Records of runs
     value:Callable, # Record → number, or list of numbers
 ) -> dict: # Contender → learning rate → one value per run
     "The runs of each contender at each learning rate"
@@ -112,7 +112,7 @@ def last(
 
 # %% ../../nbs/50_experiments.sweep.ipynb #8c5fa6c3
 def sweep_table(
-    records:list, # Of runs
+    records:list, # Records of runs
     metric:str='accuracy', # A key of `BETTER`
 ) -> pd.DataFrame: # A row per contender, a column per learning rate: mean ± sample standard deviation
     "A metric of all contenders at all learning rates"
@@ -140,7 +140,7 @@ def near_range(
 
 # %% ../../nbs/50_experiments.sweep.ipynb #3b58f8a3
 def merit_table(
-    records:list, # Of runs
+    records:list, # Records of runs
     metric:str='accuracy', # A key of `BETTER`
 ) -> pd.DataFrame: # A row per contender
     "The best of each contender, and the learning rates that come near it"
@@ -180,7 +180,7 @@ def label_panels(
 def _opts(records): return {name: r['opt'] for name,r in zip(labels(records), records)} # contender → optimizer, which has a colour
 
 def curves_figure(
-    records:list, # Of runs
+    records:list, # Records of runs
     curve:Callable, # Record → list of numbers
     ylabel:str, # What the numbers are
     every:int=1, # Distance between them, in units of `xlabel`
@@ -197,7 +197,7 @@ def curves_figure(
     return label_panels(axs)
 
 def sweep_figure(
-    records:list, # Of runs
+    records:list, # Records of runs
     metric:str='accuracy', # A key of `BETTER`
 ) -> plt.Figure:
     "A metric of all contenders against the learning rate; a run that diverged has no point"
@@ -211,7 +211,7 @@ def sweep_figure(
 
 # %% ../../nbs/50_experiments.sweep.ipynb #32faa531
 def show_sweep(
-    records:list, # Of runs
+    records:list, # Records of runs
     metric:str='accuracy', # A key of `BETTER`
 ) -> dict: # File name without its suffix → `DataFrame` or figure
     "Tables and figures of a metric against the learning rate"

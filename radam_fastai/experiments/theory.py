@@ -35,14 +35,14 @@ _one_epoch = {**SMALL, 'epochs':1, 'bs':16}
 def _sqr_mom(record): return record['options']['sqr_mom']
 
 def variance_frame(
-    records:list, # Of runs of `variance` with the same β2
+    records:list, # Records of runs of `variance` with the same β2
 ) -> pd.DataFrame: # The columns of `AdaptiveLRVariance.to_frame`
     "The mean of what the runs measured"
     frames = [pd.DataFrame(r['notes']['variance'], dtype=float) for r in records]
     return sum(frames)/len(frames)
 
 def show_variance(
-    records:list, # Of runs of `variance`
+    records:list, # Records of runs of `variance`
 ) -> dict: # File name without its suffix → `DataFrame` or figure
     "The figure of the variances, a panel for each β2, and some of its numbers"
     frames = {b: variance_frame(rs) for b,rs in sorted(groupby(records, _sqr_mom).items())}
@@ -92,7 +92,7 @@ def degenerate_figure(
 
 # %% ../../nbs/53_experiments.theory.ipynb #dbbe0d0d
 def show_degenerate(
-    records:list, # Of runs of `degenerate`, with momentum SGD of the same seeds among them
+    records:list, # Records of runs of `degenerate`, with momentum SGD of the same seeds among them
 ) -> dict: # File name without its suffix → `DataFrame` or figure
     "How long RAdam is momentum SGD at each β2, and how far from it after that"
     sgd = {r['seed']: np.array(r['steps']['loss']) for r in records if r['opt'] == 'sgd'}

@@ -34,13 +34,13 @@ def settings(
 def _asked(r): return json.dumps([r['recipe'], settings(r), r['data']], sort_keys=True)
 
 def once(
-    records, # Of runs
+    records, # Records of runs
 ) -> list: # The same without repetitions
     "The last record of each seed: a repeated run counts once"
     return list({(_asked(r), r['seed']): r for r in records}.values())
 
 def groups(
-    records:list, # Of runs
+    records:list, # Records of runs
 ) -> dict: # Name of the group → its records, in the given order
     "Runs that differ only in their seed"
     options = dict.fromkeys(k for r in records for k in settings(r))
@@ -55,7 +55,7 @@ def groups(
 
 # %% ../../nbs/35_recipes.report.ipynb #b5d86a1a
 def runs_table(
-    records:list, # Of runs
+    records:list, # Records of runs
 ) -> pd.DataFrame: # Columns `group`, `seed`, losses, metrics, and `secs` for the whole run
     "The last epoch of every run"
     rows = [dict(group=name, seed=r['seed'], **{**r['epochs'][-1], 'secs':r['secs']}) for name,rs in groups(records).items() for r in rs]
@@ -84,7 +84,7 @@ def compare(
 
 # %% ../../nbs/35_recipes.report.ipynb #5e7fd097
 def summary(
-    records:list, # Of runs
+    records:list, # Records of runs
 ) -> pd.DataFrame: # Columns `runs` (the group), `n`, the metrics, `minutes` per run; `published` and `difference` if any group has them
     "Mean ± sample standard deviation over the runs of each group"
     rows = []
@@ -120,7 +120,7 @@ def markdown_table(
 
 # %% ../../nbs/35_recipes.report.ipynb #f3748713
 def conditions(
-    records:list, # Of runs
+    records:list, # Records of runs
 ) -> list[str]: # Sentences
     "The data, machines and precision of the runs, and the sources of the published figures"
     def each(f): return '; '.join(dict.fromkeys(f(r) for r in records))
