@@ -234,7 +234,7 @@ def test_crops_do_not_wait(device):
     for w in windows: w.flip_lr().crop_pad((g.randint(9, 40), g.randint(9, 40)), (g.randint(0, 20), g.randint(0, 10)), resize_to=(32, 32))
     there = pixels.to('meta' if device == 'cpu' else device)
     with never_waiting(device) if device == 'cuda' else nullcontext(): x = cut_out(there, windows)
-    assert (x.shape, x.device) == ((9, 3, 32, 32), there.device)
+    assert (x.shape, x.device, x.is_contiguous()) == ((9, 3, 32, 32), there.device, True)
     if device == 'cuda': assert (x.cpu()-cut_out(pixels, windows)).abs().max() < 1e-2
 
 def test_a_bucket_has_one_device():

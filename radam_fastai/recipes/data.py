@@ -316,14 +316,14 @@ def cut_out(
     "The parts that `windows` want, resized"
     rows,size,device = torch.tensor([w.row() for w in windows]).T,windows[0].size,pixels.device
     w,h = rows[2:4].amax(1).tolist()
-    first,wide,part_w,part_h,to_w,to_h,cut_x,cut_y,mirrored = rows.to(device, non_blocking=True) # to wait would be to idle
+    first,wide,part_w,part_h,to_w,to_h,cut_x,cut_y,mirrored = rows.to(device, non_blocking=True) # without waiting for the GPU
     line = first[:,None] + torch.arange(h, device=device)*wide[:,None]
     at = line[:,:,None] + torch.arange(w, device=device)
     old = pixels.index_select(0, at.clamp_(max=len(pixels)-1).flatten()).view(*at.shape, 3).float() # beyond a part, the weight is 0
     mirrored = mirrored.bool()
     down = _bilinear(part_h, to_h, cut_y, torch.zeros_like(mirrored), h, size[1])
     across = _bilinear(part_w, to_w, cut_x, mirrored, w, size[0])
-    return torch.einsum('niy,nyxc,njx->ncij', down, old, across)
+    return torch.einsum('niy,nyxc,njx->ncij', down, old, across).contiguous()
 
 # %% ../../nbs/37_recipes.data.ipynb #77481990
 class DecodedDL(ItemSeedDL):
