@@ -224,6 +224,16 @@ lasting = { # of jobs that are killed, of disks, command lines and processes; th
                                       'resume'),
     'sums in capitals':              ('recipes/data', 'name: digits.lower()', 'name: digits', 'data'),
     'the others are silent':         ('recipes/cli', 'if not (is_main() or everywhere): return', 'if not is_main(): return', 'distributed'),
+    'workers outlive their job':     ('recipes/parallel', 'while os.getppid() == parent:', 'while True:', 'parallel'),
+    'a copy for each worker':        ('recipes/parallel', 'mmap=True', 'mmap=False', 'parallel'),
+    'all on the first GPU':          ('recipes/parallel', 'i % torch.cuda.device_count()', '0', 'parallel'),
+    'threads for all':               ('recipes/parallel', 'max(1, cpus//n)', 'cpus', 'parallel'),
+    'a call without end':            ('recipes/parallel', "if deaths[name,notes.get(name)] < 3: continue", 'continue', 'parallel'),
+    'an error of one ends all':      ('recipes/parallel', '    except Exception as e: return Outcome(name, error',
+                                      '    except KeyError as e: return Outcome(name, error', 'parallel'),
+    'records as they came':          ('recipes/jobs', "sort_records(out/'records.jsonl', list(records))", 'pass', 'parallel'),
+    'checkpoints of a job that ended': ('recipes/jobs', 'EpochCheckpoint.order-1', 'EpochCheckpoint.order+1', 'parallel'),
+    'the plan is for one':           ('recipes/jobs', 'sum(secs)/sum(parts)/n)', 'sum(secs)/sum(parts))', 'parallel'),
     'underscores are unknown':       ('recipes/cli', "name.replace('_', '-') + equals + value", 'word', 'recipes'),
 }
 mutants.update(lasting)

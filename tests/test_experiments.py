@@ -96,6 +96,19 @@ def test_image_learners_differ_in_the_optimizer_alone(folder):
         assert (h['mom'], h['wd']) == (.9, 1e-4)
         if type(learn.opt).__name__ != 'SGD': assert (h['sqr_mom'], h['eps']) == (.99, 1e-8)
 
+@pytest.mark.filterwarnings('ignore:this cpu has no instructions')
+@pytest.mark.parametrize('name,n_lrs', [('lr-robustness', 4), ('warmup-lengths', 2)])
+def test_the_medium_budget(folder, name, n_lrs):
+    "All images at their size, ten epochs, twelve contenders, bfloat16; here, one of them for an epoch of 80 images"
+    shared,cells = EXPERIMENTS[name].budgets['medium']
+    assert {k: shared[k] for k in ('size','n_items','n_valid','epochs')} == dict(size=32, n_items=None, n_valid=None, epochs=10)
+    assert len(cells) == 12 and [len({c['lr'] for c in cells if c['opt'] == o}) for o in ('radam','adam')] == [n_lrs]*2
+    run,dtypes = get_runs(EXPERIMENTS[name], {**shared, 'bs':16, 'epochs':1}, cells, [42], folder)[0],set()
+    learn = run.make()
+    learn.model[0].register_forward_hook(lambda m, x, out: dtypes.add(out.dtype))
+    with learn.no_bar(),learn.no_logging(): run.fit(learn)
+    assert dtypes == {torch.bfloat16} and learn.train_iter == 5 and run.options['bf16'] and run.data['size'] == 32
+
 @pytest.mark.parametrize('opt', optims('recipe', 'experiment'))
 def test_contenders_honour_their_settings(opt):
     n = dict(n_steps=7) if opt in ('adam-warmup','adam-2k') else {}

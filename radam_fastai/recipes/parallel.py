@@ -224,8 +224,9 @@ class Board:
     def left(self) -> str:
         "How many are finished, and about how long the others take"
         done,todo = sum(self.at[k]-v for k,v in self.first.items()),sum(1-v for v in self.at.values())
-        secs = f', about {timedelta(seconds=round((time.monotonic()-self.began)*todo/done))} left' if done > 0 else ''
-        return f'{self.over} of {len(self.at)} finished{secs}'
+        text = f'{self.over} of {len(self.at)} finished'
+        if not done or self.over == len(self.at): return text
+        return f'{text}, about {timedelta(seconds=round((time.monotonic()-self.began)*todo/done))} left'
 
 # %% ../../nbs/42_recipes.parallel.ipynb #0a700efb
 @patch
