@@ -475,16 +475,6 @@ def test_resume_at_an_epoch(ours, tmp_path, fit):
     train(b, start_epoch=2)
     assert_same(b, a)
 
-def test_loaded_state_is_a_copy(ours):
-    "Two Learners may start from one state; the one does not move the other's averages"
-    a = get_learner(ours)
-    a.fit_one_cycle(2, .02)
-    b = get_learner(ours, deepcopy(a.model))
-    b.create_opt()
-    b.opt.load_state_dict(a.opt.state_dict())
-    for learn in (a, b): learn.fit(2, .02)
-    assert_same(a, b)
-
 def test_deepcopy_goes_on_by_itself(ours):
     a = get_learner(ours, wd=.1)
     a.fit_one_cycle(2, .02)

@@ -90,12 +90,13 @@ def test_fastai_ranger(variant, dtype, tol):
 @pytest.mark.parametrize('foreach', [None, True, False])
 @pytest.mark.parametrize('variant', [{}, dict(betas=(.8, .9)), dict(betas=(.9, .99)), dict(betas=(.9, .5)), dict(weight_decay=.1),
                                      dict(weight_decay=.1, decoupled_weight_decay=True),
-                                     dict(maximize=True), dict(eps=1e-3)], ids=ids)
+                                     dict(maximize=True, weight_decay=.1, decoupled_weight_decay=True), dict(maximize=True),
+                                     dict(betas=(.9, 0.)), dict(eps=1e-3)], ids=ids)
 def test_torch_radam(variant, foreach, dtype, tol):
     def run(cls, **kw):
         opt = cls(ps := params(dtype), lr=.01, **variant, **kw)
         def set_hypers(lr, mom): opt.param_groups[0].update(lr=lr, betas=(mom, opt.param_groups[0]['betas'][1]))
-        return drive(opt, ps, set_hypers=set_hypers)
+        return drive(opt, ps, n=120, set_hypers=set_hypers)
     compare(run(TorchRAdam, foreach=foreach), run(torch.optim.RAdam, foreach=False), tol)
 
 @pytest.mark.parametrize('wd', [0., .1])

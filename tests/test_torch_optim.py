@@ -34,18 +34,6 @@ def test_signature_is_torchs():
     args = lambda f: [(p.name, p.default, p.kind) for p in inspect.signature(f).parameters.values()]
     assert args(RAdam) == args(Torch)
 
-@pytest.mark.parametrize('kw', [{}, dict(decoupled_weight_decay=True), dict(maximize=True),
-                                dict(maximize=True, decoupled_weight_decay=True), dict(eps=1e-2),
-                                dict(weight_decay=0), dict(betas=(0.,.99)), dict(betas=(.9,0.)), dict(betas=(.9,.5)), dict(betas=(.9,.999)),
-                                dict(lr=0.)], ids=str)
-@pytest.mark.parametrize('foreach', [None, True, False])
-def test_numbers_are_torchs(foreach, kw):
-    close(torch_run(*torch_build(RAdam, foreach=foreach, **kw), range(15)), torch_run(*torch_build(Torch, **kw), range(15)))
-
-def test_defaults_are_torchs():
-    a,b = fresh(),fresh()
-    close(torch_run(a, RAdam(a), range(15)), torch_run(b, Torch(b), range(15)))
-
 @pytest.mark.parametrize('foreach', [None, True, False])
 def test_foreach_picks_the_implementation(foreach, monkeypatch):
     "The fused kernel unless told otherwise, and with `False` one tensor at a time"
