@@ -164,6 +164,7 @@ class Tell:
         except FileNotFoundError: raise
         except OSError: pass # no room for it on the disk
 
+# %% ../../nbs/42_recipes.parallel.ipynb #d5d5ad30
 class Outcome(NamedTuple):
     "What became of a call"
     name:str
@@ -174,7 +175,6 @@ class Outcome(NamedTuple):
     told:str='' # By a call that was made elsewhere
     checkpoint:bytes=None # Of it
 
-# %% ../../nbs/42_recipes.parallel.ipynb #d5d5ad30
 class Paused(Exception): "A call has told what is new"
 
 class TellOnce(Tell):
@@ -255,6 +255,7 @@ def _draw(self:Board, now):
         self.bars.update(self.tasks[name], completed=self.at[name], note=self.notes.get(name, ''))
     self.bars.update(self.all, completed=sum(self.at.values()), note=self.left())
 
+# %% ../../nbs/42_recipes.parallel.ipynb #b6a1a2dd
 @patch
 def end(self:Board,
     o:Outcome,
