@@ -208,7 +208,8 @@ def only_job(
     "Have `out` to oneself, or raise an `OptionError`; files that a crash left half-written are removed"
     try:
         lock = FileLock(out/'.lock').acquire(timeout=0)
-        for p in out.glob('.tmp-*'): shutil.rmtree(p) if p.is_dir() else p.unlink()
+        for p in out.glob('.tmp-*'): # a worker that was left over may write into a folder, until it has another name
+            shutil.rmtree(p.rename(f'{p}-gone')) if p.is_dir() else p.unlink()
     except Timeout: raise OptionError(f'--out {out}: another job is writing there; wait for it, or name another folder') from None
     except OSError as e: raise cannot_write(out/'.lock', e) from e
     with lock: yield

@@ -33,7 +33,7 @@ import torch
 from fastai.torch_core import defaults, num_distrib
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
-from joblib import Parallel, delayed, parallel_config, register_parallel_backend
+from joblib import Parallel, cpu_count, delayed, parallel_config, register_parallel_backend
 from rich.progress import BarColumn, Progress, TextColumn
 
 from ..files import WriteError, cannot_write, disk_error, replacing
@@ -56,7 +56,7 @@ def _processes(jobs, address):
 def _dask(jobs, address):
     import dask
     from dask.distributed import Client
-    where = dict(address=address) if address else dict(n_workers=jobs or os.cpu_count(), threads_per_worker=1, dashboard_address=None)
+    where = dict(address=address) if address else dict(n_workers=jobs or cpu_count(), threads_per_worker=1, dashboard_address=None)
     with dask.config.set({'distributed.worker.daemon': False}),Client(**where) as client: # daemons may start no processes that read images
         workers = client.nthreads()
         check(max(workers.values(), default=1) == 1, f'--cluster dask:{address}: its workers have several threads; start them with one')
@@ -129,7 +129,7 @@ def unpack(
 @contextmanager
 def _numbered(folder):
     for i in itertools.count():
-        with suppress(Timeout), FileLock(folder/f'{platform.node()}-{i}', timeout=0):
+        with suppress(Timeout), FileLock(folder/f'worker-{platform.node()}-{i}', timeout=0):
             yield i
             return
 
@@ -164,6 +164,7 @@ class Tell:
         except FileNotFoundError: raise
         except OSError: pass # no room for it on the disk
 
+# %% ../../nbs/42_recipes.parallel.ipynb #d5d5ad30
 class Outcome(NamedTuple):
     "What became of a call"
     name:str
@@ -174,7 +175,6 @@ class Outcome(NamedTuple):
     told:str='' # By a call that was made elsewhere
     checkpoint:bytes=None # Of it
 
-# %% ../../nbs/42_recipes.parallel.ipynb #d5d5ad30
 class Paused(Exception): "A call has told what is new"
 
 class TellOnce(Tell):
@@ -255,6 +255,7 @@ def _draw(self:Board, now):
         self.bars.update(self.tasks[name], completed=self.at[name], note=self.notes.get(name, ''))
     self.bars.update(self.all, completed=sum(self.at.values()), note=self.left())
 
+# %% ../../nbs/42_recipes.parallel.ipynb #b6a1a2dd
 @patch
 def end(self:Board,
     o:Outcome,
@@ -334,7 +335,7 @@ class Turns:
     ): # Yields `Outcome`s of those that are
         "Make calls; `lost` are those that lost their worker"
         self.lost = []
-        with TemporaryDirectory(dir=self.folder) as d,self.board.watch(told := Path(d)):
+        with TemporaryDirectory(dir=self.folder, ignore_cleanup_errors=True) as d,self.board.watch(told := Path(d)):
             try:
                 with _outcomes((self._call(told, name) for name in names), self.share['n']) as outcomes:
                     for o in outcomes:
