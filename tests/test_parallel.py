@@ -240,6 +240,10 @@ def test_plan_of_a_command(cli, tmp_path, images, line, n):
     assert status == 0 and out.endswith(f'\n\n0 of {n} runs are finished\n') and len(out.splitlines()) == n+3, err
     assert not (tmp_path/'new').exists()
 
+def test_plan_of_a_folder_that_cannot_be(cli):
+    status,out,err = cli('demo', '--out', 'x'*1000, '--plan')
+    assert status == 0 and out.endswith('0 of 18 runs are finished\n'), err
+
 @pytest.mark.parametrize('line,says', [
     ('--jobs 0', '--jobs 0: must be from 1 to 1024'), ('--jobs=-2', '--jobs -2: must be from 1 to'),
     ('--jobs two', "invalid int value: 'two'"), ('--cluster spark', '--cluster spark: choose from ray, dask')])

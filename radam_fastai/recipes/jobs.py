@@ -10,6 +10,7 @@ __all__ = ['Run', 'run_job', 'show_plan']
 # %% ../../nbs/36_recipes.jobs.ipynb #ebe501fb
 import itertools
 import json
+import os
 import shutil
 import time
 from contextlib import closing, contextmanager, nullcontext, suppress
@@ -333,9 +334,9 @@ def show_plan(
 ):
     "Print what is done of `runs` in `out`, what is left, and about how long it takes"
     out = expanded('out', out)
-    done = finished(out)
+    done = finished(out) if (there := os.path.isdir(out)) else {}
     def row(run):
-        name,record,state = plan_run(run, out, done, resume=True)
+        name,record,state = plan_run(run, out, done, resume=True) if there else (run.name,None,None)
         if record: return name,'finished',1.,record['secs']
         if state: return name,f"{state['epoch']} of {state['n_epoch']} epochs",state['epoch']/state['n_epoch'],state['about']['secs']
         return name,'',0.,0.
