@@ -219,7 +219,7 @@ def plot_lr_variance(
 
 # %% ../nbs/23_plot.ipynb #8546a703
 OPT_COLORS = {k: COLORS[i] for k,i in {'radam':0, 'adam':1, 'ranger':4, 'adam-linear':5, 'adam-exponential':8, 'adam-warmup':8,
-                                       'adam-2k':6, 'adam-eps':2, 'sgd':3}.items()}
+                                       'adam-2k':6, 'adam-eps':2, 'sgd':3, 'schedule-free':9}.items()}
 
 # %% ../nbs/23_plot.ipynb #46fdf41f
 def opt_color(

@@ -57,10 +57,14 @@ class RAdamScheduleFree(RAdamWrapper):
         sqr_mom:float=0.999, # Gradient squared moving average (β2) coefficient, in [0, 1)
         eps:float=1e-8, # Added after debiasing for numerical stability, at least 0
         wd:Real=0., # Weight decay at y, at least 0
-        **kwargs # `r`, `weight_lr_power`, `foreach` and `silent_sgd_phase`: see `schedulefree.RAdamScheduleFree`
+        r:float=0., # The average gives update t the weight t^r (with `weight_lr_power`'s), at least 0
+        weight_lr_power:float=2., # The average gives an update the largest learning rate so far, to this power
+        foreach:bool=True, # Use foreach operations
+        silent_sgd_phase:bool=True, # Leave the weights alone while nothing is rectified
     ):
         OptimWrapper.__init__(self, check_params(params), _library(), lr=lr.stop if isinstance(lr, slice) else lr, betas=(mom, sqr_mom),
-                              eps=eps, weight_decay=wd, **kwargs)
+                              eps=eps, weight_decay=wd, r=r, weight_lr_power=weight_lr_power, foreach=foreach,
+                              silent_sgd_phase=silent_sgd_phase)
         if isinstance(lr, slice): self.set_hyper('lr', lr)
         for g in self.opt.param_groups: _check(g)
         self._made_with = self._betas()

@@ -45,7 +45,7 @@ def stopped_at(monkeypatch, batch):
 variants = dict(radam=dict(sched='one_cycle'), bf16=dict(bf16=True, channels_last=True),
                 ranger=dict(opt='ranger', channels_last=True, n_items=40, bs=8),
     adam=dict(opt='adam', mixup=.4, sh=.3, sa=True, act_fn='Mish', workers=2, aug='resize'),
-    memory=dict(in_memory=True, sh=.3))
+    memory=dict(in_memory=True, sh=.3), free={'opt': 'schedule-free', 'sched': 'flat'})
 
 @pytest.mark.parametrize('variant', variants)
 def test_resumed_equals_uninterrupted(images, tmp_path, monkeypatch, variant):

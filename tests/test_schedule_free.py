@@ -1,5 +1,6 @@
 "RAdamScheduleFree in a Learner beside the library's own loop, update by update, and at every event at which weights are read"
 import warnings
+from contextlib import nullcontext
 from copy import deepcopy
 from functools import partial
 
@@ -7,12 +8,14 @@ import pytest
 import torch
 from fastai.basics import Callback, CancelFitException, CancelStepException, Learner
 from fastai.callback.all import GradientAccumulation, SaveModelCallback
+from fastai.callback.fp16 import AMPMode
 from fastai.learner import load_learner
 from torch import nn
 
 from helpers import At, all_equal, assert_same, flat, get_dls, get_learner as learner_of, get_model, halves, mse
 from radam_fastai.guard import load_strict
 from radam_fastai.optimizer import RAdamFn
+from radam_fastai.recipes.precision import DevicePrecision
 from radam_fastai.schedule_free import RAdamScheduleFree, RAdamScheduleFreeFn, ScheduleFree
 
 schedulefree = pytest.importorskip('schedulefree')
@@ -26,27 +29,28 @@ def norm_bias(model): return {p for m in model.modules() for n,p in m.named_para
 
 class Loop:
     "The library's own loop over the same batches, decay kept off norms and biases as its users do it: by groups"
-    def __init__(self, lr, mom=.9, sqr_mom=.9, eps=1e-8, wd=.1, model=None):
-        self.dls,self.model = get_dls(torch.float64),(model or get_model()).double()
+    def __init__(self, lr, mom=.9, sqr_mom=.9, eps=1e-8, wd=.1, model=None, dtype=torch.float64):
+        self.dls,self.model = get_dls(dtype),(model or get_model()).to(dtype)
         free,lrs = norm_bias(self.model),lr if isinstance(lr, list) else [lr]*2
         groups = [dict(params=[p for p in g if (p in free) == f], lr=l, weight_decay=0. if f else wd)
                   for g,l in zip(halves(self.model), lrs) for f in (False, True)]
         self.opt = schedulefree.RAdamScheduleFree([g for g in groups if g['params']], betas=(mom, sqr_mom), eps=eps)
         self.ys,self.xs = [],[]
 
-    def epoch(self):
+    def epoch(self, precision=nullcontext):
         self.model.train()
         self.opt.train()
         for x,y in self.dls.train:
             self.opt.zero_grad()
-            mse(self.model(x), y).backward()
+            with precision(): loss = mse(self.model(x), y)
+            loss.backward()
             self.opt.step()
             self.ys.append(self.flat())
         self.opt.eval()
         self.xs.append(self.flat())
         return self
 
-    def flat(self): return torch.cat([p.detach().flatten().clone() for p in self.model.parameters()])
+    def flat(self): return torch.cat([p.detach().double().flatten().clone() for p in self.model.parameters()])
 
 class Weights(Callback):
     "The model's weights after each update, and when an epoch is validated"
@@ -270,6 +274,14 @@ def test_mixed_precision_skips():
     learn = get_learner(cbs=[At('before_step', skip, {0, 6})])
     learn.fit(2, .05)
     assert learn.opt.opt.param_groups[0]['k'] == 8 and at_x(learn)
+
+def test_bfloat16_equals_the_librarys_loop():
+    "Under autocast the weights stay in single precision, at y and at x"
+    seen,loop,learn = Weights(),Loop(.05, dtype=torch.float32),get_learner(dtype=torch.float32)
+    learn.fit(3, .05, wd=.1, cbs=[seen, DevicePrecision(AMPMode.BF16)])
+    for _ in range(3): loop.epoch(partial(torch.autocast, 'cpu', torch.bfloat16))
+    close(seen.ys, loop.ys, 1e-5)
+    close(seen.xs, loop.xs, 1e-5)
 
 # ---- batch norm
 

@@ -118,7 +118,7 @@ def image_learner(
     "A ResNet-20 with random weights that reports accuracy"
     augment = crop_flip if s.augment and loaded[0][0].shape[1] == 3 else noop # a mirrored digit is none
     return Learner(tensor_dls(*loaded, s.bs, augment), resnet20(n_in=loaded[0][0].shape[1]), loss_func=CrossEntropyLossFlat(),
-                   opt_func=s.opt_func(), metrics=accuracy, wd_bn_bias=False, cbs=ChannelsLast())
+                   opt_func=s.opt_func(), metrics=accuracy, wd_bn_bias=False, cbs=[*s.cbs(), ChannelsLast()])
 
 # %% ../../nbs/51_experiments.images.ipynb #1e8dec1c
 _opt = dict(mom=.9, eps=1e-8, wd=1e-4)

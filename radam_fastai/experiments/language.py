@@ -233,7 +233,7 @@ def text_learner(
     s:TextSettings, # Those that `make` takes
 ) -> Learner:
     "A language model with random weights, on its text"
-    return make(lm_dls(*loaded, s.bs, s.seq_len, s.n_valid), len(loaded[-1]), s.opt_func(), s)
+    return make(lm_dls(*loaded, s.bs, s.seq_len, s.n_valid), len(loaded[-1]), s.opt_func(), s).add_cbs(s.cbs())
 
 # %% ../../nbs/52_experiments.language.ipynb #83854879
 _opt = dict(sched='flat_cos', pct_start=.75, n_items=None, mom=.9, sqr_mom=.99, eps=1e-8, wd=1e-2)

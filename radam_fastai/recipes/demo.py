@@ -46,7 +46,7 @@ def get_learner(
 ) -> Learner:
     "A `Learner` whose weights depend on the random numbers alone, not on `opt`"
     return Learner(get_dls(bs), get_model(), loss_func=CrossEntropyLossFlat(), opt_func=opt_func(opt), metrics=accuracy,
-                   wd_bn_bias=False)
+                   wd_bn_bias=False, cbs=OPTIMS[opt].cbs())
 
 # %% ../../nbs/39_recipes.demo.ipynb #3f21e625
 DEMO_OPTS,TOO_HIGH = ('radam','adam','adam-linear'),100 # times the good learning rate

@@ -161,7 +161,7 @@ def get_learner(
     "A `Learner` with random weights that reports accuracy and top-5 accuracy"
     learn = Learner(dls, model_of(s, dls.c), loss_func=LabelSmoothingCrossEntropyFlat(eps=s.smooth), opt_func=s.opt_func(),
                     metrics=[accuracy,top_k_accuracy], wd_bn_bias=False,
-                    cbs=[ChannelsLast()]*s.channels_last + ([MixUp(s.mixup)] if s.mixup else []))
+                    cbs=s.cbs() + [ChannelsLast()]*s.channels_last + ([MixUp(s.mixup)] if s.mixup else []))
     if s.fp16 or s.bf16: learn.add_cb(DevicePrecision(AMPMode.FP16 if s.fp16 else AMPMode.BF16))
     if s.compile: learn.model.compile()
     return learn
@@ -247,7 +247,7 @@ def main(
     size:int=None, # Side of the images, pixels
     bs:int=None, # Images per batch, of all processes together
     lr:float=None, # Highest learning rate
-    opt:str=None, # radam, ranger, adam, adam-linear, adam-exponential or sgd
+    opt:str=None, # radam, ranger, adam, adam-linear, adam-exponential, sgd or schedule-free
     mom:float=None, # β1
     sqrmom:float=None, # β2
     eps:float=None, # Added for numerical stability

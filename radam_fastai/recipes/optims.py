@@ -26,12 +26,14 @@ class Optim(NamedTuple):
     attr:str # In it
     kwargs:dict = {} # Hypers
     use:str = 'recipe' # 'recipe', 'experiment' (those of recipes, too) or 'bench'
+    callback:str = '' # In `module`: what its `Learner` needs, if anything
 
     @property
     def library(self): return self.module.partition('.')[0]
     @property
     def make(self): return getattr(import_module(self.module), self.attr)
     def __call__(self, params, **hypers): return self.make(params, **{**self.kwargs, **hypers})
+    def cbs(self): return [getattr(import_module(self.module), self.callback)()] if self.callback else []
 
 # %% ../../nbs/31_recipes.optims.ipynb #297c83d2
 FASTAI = dict(lr=1e-3, mom=.9, sqr_mom=.99, eps=1e-6, wd=1e-2)
@@ -63,6 +65,7 @@ OPTIMS = { # name: optimizer
     'adam-linear':      Optim('Adam, untuned linear warm-up', _baselines, 'AdamLinearFn'),
     'adam-exponential': Optim('Adam, untuned exponential warm-up', _baselines, 'AdamExponentialFn'),
     'sgd':              Optim('momentum SGD', _baselines, 'SGDFn'),
+    'schedule-free':    Optim('RAdam, schedule-free', 'radam_fastai.schedule_free', 'RAdamScheduleFreeFn', callback='ScheduleFree'),
     'adam-warmup':      Optim('Adam, warm-up', _baselines, 'AdamWarmupFn', use='experiment'),
     'adam-2k':          Optim('Adam-2k', _baselines, 'Adam2kFn', use='experiment'),
     'adam-eps':         Optim('Adam-eps', _baselines, 'AdamEpsFn', use='experiment'),
@@ -126,4 +129,5 @@ class Settings:
         check_ranges(self.options(), self.limits)
     def options(self): return {OPTION.get(k, k): v for k,v in asdict(self).items()} # as on the command line and in records
     def opt_func(self): return opt_func(self.opt, **{k: getattr(self, k) for k in self.hypers})
+    def cbs(self): return OPTIMS[self.opt].cbs() # what its `Learner` needs beside `opt_func`
     def fit(self, learn): SCHEDS[self.sched](learn, self)
