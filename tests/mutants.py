@@ -285,7 +285,9 @@ cuda = { # name: (module, what is there, what stands there instead), for tests/t
                                       'kernel = torch._fused_adamw_'),
     'foreach is another rule':       ('functional', 'torch._foreach_div_(denoms, math.sqrt(1 - sqr_mom**step))', 'pass'),
     'squares are rounded':           ('functional', 'if r and fused and not beta and', 'if r and False and'),
-    'β2 in float32':                 ('functional', 'beta1=mom, beta2=sqr_mom,', 'beta1=mom, beta2=float(np.float32(sqr_mom)),'),
+    'debiased by a float32':         ('functional', 'decouple_wd=decouple_wd, lr=lr*lr_mult,',
+                                      'decouple_wd=decouple_wd,\n                     lr=lr*lr_mult*math.sqrt('
+                                      '(1-float(np.float32(sqr_mom))**step)/(1-sqr_mom**step)),'),
     'momentum is not debiased':      ('functional', 'alpha=-lr*lr_mult/(1 - mom**step))\n    else', 'alpha=-lr*lr_mult)\n    else'),
     'moved states are empty':        ('functional', '.copy_(t.detach())', '.zero_()'),
     'the scaler is ignored':         ('optimizer', 'class AdamBase(Optimizer):',

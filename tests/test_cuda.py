@@ -96,9 +96,15 @@ def test_a_gpu_gives_the_numbers_of_the_cpu(name, dtype, device, monkeypatch):
 
 @pytest.mark.parametrize('sqr_mom', [.999, .9999, .99999, 1-1e-7])
 def test_beta2_near_1(sqr_mom, device):
-    "The kernels of a GPU compute 1-β2^t in float32"
-    a,b = (trained(partial(RAdam, **HYPERS | dict(sqr_mom=sqr_mom)), *o) for o in ((device, torch.float32), ('cpu', torch.float64)))
-    assert apart(a, b) < 1e-4
+    "The kernels of a GPU compute 1-β2^t in float32. Adaptive steps are small here, so what they move is looked at alone"
+    def moved(device, dtype):
+        ps = [nn.Parameter(torch.zeros_like(p)) for p in numbers(0, dtype, device)]
+        opt = RAdam(ps, **HYPERS | dict(sqr_mom=sqr_mom))
+        steps(opt, ps, range(6))
+        before = whole(ps)
+        steps(opt, ps, range(6, 30))
+        return whole(ps)-before
+    assert rel_err(moved(device, torch.float32), moved('cpu', torch.float64)) < 1e-3
 
 def test_sgd_is_the_debiased_average(device):
     "θ ← θ - lr·m̂, in float64 by hand"
@@ -237,7 +243,8 @@ def test_crops_do_not_wait(device):
     assert (x.shape, x.device, x.is_contiguous()) == ((9, 3, 32, 32), there.device, True)
     if device == 'cuda': assert (x.cpu()-cut_out(pixels, windows)).abs().max() < 1e-2
 
-def test_a_bucket_has_one_device():
+def test_a_bucket_has_one_device(monkeypatch):
+    monkeypatch.setattr(functional, 'has_fused_kernel', lambda device, dtype: False) # or the kernel would tell them apart
     ps = [nn.Parameter(torch.ones(3, device=d)) for d in ('cpu', 'meta', 'cpu')]
     for p in ps: p.grad = torch.ones_like(p)
     buckets = Buckets(fastai_keys)([ps], {p: {} for p in ps})

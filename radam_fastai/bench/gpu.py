@@ -13,6 +13,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -90,7 +91,8 @@ def preset_parts(
 def ended_in_order():
     "Let SIGTERM, and a terminal that is closed, end this process as Ctrl-C does: what it has begun is put in order first"
     def end(number, frame): raise SystemExit(128+number)
-    was = {s: signal.signal(s, end) for s in (signal.SIGTERM, signal.SIGHUP)}
+    main = threading.current_thread() is threading.main_thread() # no other may ask for signals
+    was = {s: signal.signal(s, end) for s in (signal.SIGTERM, signal.SIGHUP)} if main else {}
     try: yield
     finally:
         for s,handler in was.items(): signal.signal(s, handler)
