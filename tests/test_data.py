@@ -277,7 +277,10 @@ def test_images_are_decoded_once(sized, unpacked, monkeypatch):
     monkeypatch.setattr(data, 'read_image', lambda f: read.append(f) or Image.open(f).convert('RGB'))
     a,b = data.decoded(files, 2),data.decoded(files[::-1], 0)
     assert sorted(read) == sorted(files) and torch.equal(a.pixels, b.pixels) and len(a.pixels) == sum(w*h for (w,h),_ in a.places.values())
+    old = files[7].read_bytes()
     Image.new('RGB', (50, 40), 'red').save(files[7])
+    files[7].write_bytes(files[7].read_bytes().ljust(len(old), b'\0')) # as long as it was
+    assert files[7].stat().st_size == len(old)
     changed = data.decoded(files)
     size,first = changed.places[files[7]]
     assert len(read) == 2*len(files) and size == [50,40]
