@@ -23,7 +23,7 @@ def color(i:int) -> str: # Hexadecimal
     return COLORS[i % len(COLORS)]
 
 OPT_COLORS = {k: COLORS[i] for k,i in {'radam':0, 'adam':1, 'ranger':4, 'adam-linear':5, 'adam-exponential':8, 'adam-warmup':8,
-                                       'adam-2k':7, 'adam-eps':2, 'sgd':3, 'schedule-free':9}.items()}
+                                       'adam-2k':7, 'adam-eps':2, 'sgd':3}.items()} | {'schedule-free': '#00785a'}
 
 def opt_color(
     opt:str, # Name of an optimizer in the recipes

@@ -390,7 +390,9 @@ def alive(pid):
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_what_ends_the_command_ends_its_part(tmp_path, number):
     "And what the part has started"
-    code = f"""from radam_fastai.bench import gpu, main
+    code = f"""import signal
+signal.signal(signal.SIGINT, signal.default_int_handler) # which a job in the background does not inherit
+from radam_fastai.bench import gpu, main
 gpu.test_parts = lambda device: [gpu.Part('two', ['-c', 'import os, time; os.fork(); print(os.getpid(), flush=True); time.sleep(99)'])]
 gpu.bench_parts = lambda o: []
 main.main('gpu', device='cpu', out={str(tmp_path)!r})"""

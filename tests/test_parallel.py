@@ -86,8 +86,9 @@ def test_workers_that_do_not_see_the_folder(whole, tmp_path, monkeypatch, capsys
     assert all(out.count(f'\nadam-2: epoch {i} of 3') == 1 for i in (1,2,3))
 
 SCRIPT = '''
-import os, sys
+import os, signal, sys
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler) # a job in the background does not inherit it
 sys.path.insert(0, {tests!r})
 import torch
 from fastai.callback.core import Callback
