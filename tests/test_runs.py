@@ -115,7 +115,8 @@ def test_steps_and_epochs(opt, tmp_path):
     assert {k: r['epochs'][0][k] for k in ('train_loss','valid_loss','accuracy')} == dict(train_loss=train, valid_loss=valid, accuracy=acc)
     assert r['epochs'][0]['secs'] >= r['epochs'][0]['train_secs'] > 0 and r['secs'] >= r['epochs'][0]['secs']
     hypers, = r['hypers']
-    assert (opt == 'sgd' or hypers['eps'] == (1e-8 if opt == 'schedule-free' else 1e-6)) and hypers['lr'] == r['steps']['lr'][0] == pytest.approx(1e-3/25)
+    assert opt == 'sgd' or hypers['eps'] == (1e-8 if opt == 'schedule-free' else 1e-6)
+    assert hypers['lr'] == r['steps']['lr'][0] == pytest.approx(1e-3/25)
     assert set(r['versions']) == {'python','torch','fastai','radam_fastai'} and r['device']['name']
     assert read_records(tmp_path/'records.jsonl') == [r]
     df,theirs = pd.read_csv(tmp_path/f'{opt}-0.csv'),learn.rectifier.to_frame() # the same columns by another recorder
