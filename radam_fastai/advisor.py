@@ -1,6 +1,9 @@
 """How long will the rectifier hold the learning rate back in *this* run, and is that what you want?
 
-RAdam brings its own warm-up, which nobody sees: it is not in the schedule, and its length depends on β2 alone, not on the length of the run. Over five Imagenette epochs, β2 = .999 never lets more than 57 % of the learning rate through. A one-cycle schedule adds a second warm-up on top. All of this is known before the first batch, so `warmup_report` can say it in advance, and `WarmupAdvisor` says it at the start of each fit.
+RAdam brings its own warm-up, which nobody sees: it is not in the schedule, and its length depends on β2 alone, not on the length of the
+run. Over five Imagenette epochs, β2 = .999 never lets more than 57 % of the learning rate through. A one-cycle schedule adds a second
+warm-up on top. All of this is known before the first batch, so `warmup_report` can say it in advance, and `WarmupAdvisor` says it at the
+start of each fit.
 
     warmup_report(RAdamFn, 735, 'one_cycle') # prints as text; its method `plot` draws it
     learn = Learner(dls, model, opt_func=RAdamFn, cbs=WarmupAdvisor())"""

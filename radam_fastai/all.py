@@ -1,6 +1,9 @@
 """`from radam_fastai.all import *`, after fastai's own, is all that a notebook needs
 
-The names that a fastai user types, and no others: the optimizers and the baselines they are compared with, the wrapper for `opt_func=`, the table of reference settings, the callbacks, the advisor and the finder, the strict loader, and the rectifier itself to plot. Import it after `fastai.vision.all`, and its `RAdam` and `ranger` replace fastai's. PyTorch's kind of optimizer has the same name, so it stays in its module: `radam_fastai.torch_optim.RAdam`.
+The names that a fastai user types, and no others: the optimizers and the baselines they are compared with, the wrapper for `opt_func=`,
+the table of reference settings, the callbacks, the advisor and the finder, the strict loader, and the rectifier itself to plot. Import
+it after `fastai.vision.all`, and its `RAdam` and `ranger` replace fastai's. PyTorch's kind of optimizer has the same name, so it stays
+in its module: `radam_fastai.torch_optim.RAdam`.
 
     from fastai.vision.all import *
     from radam_fastai.all import *

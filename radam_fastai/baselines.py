@@ -1,10 +1,13 @@
-"""Adam, its warm-ups, Adam-2k, Adam with a large eps and momentum SGD, each as an `opt_func` on the same fused step
+"""Adam, its warm-ups, Adam-2k, Adam with a large eps and momentum SGD, each an `opt_func` on the same fused step
 
-RAdam claims to do without a warm-up. So it has to be compared with Adam without one, with Adam with one, and with the simplest optimizers that do what it does for another reason. All of them are here, each with RAdam's step, hyper-parameters and state, so that a comparison differs only in the factor on the learning rate:
+RAdam claims to do without a warm-up. So it has to be compared with Adam without one, with Adam with one, and with the simplest
+optimizers that do what it does for another reason. All of them are here, each with RAdam's step, hyper-parameters and state, so that a
+comparison differs only in the factor on the learning rate:
 
 - `AdamFn`: plain Adam. `AdamWarmupFn`: its learning rate rises over `n_steps`.
 - `AdamLinearFn`, `AdamExponentialFn`: the same, but β2 gives the length (Ma & Yarats, arXiv:1910.04209), so there is nothing to tune.
-- `Adam2kFn`, `AdamEpsFn`: the two experiments by which Liu et al. (arXiv:1908.03265, section 3.1) argue that the variance of the first adaptive learning rates is to blame.
+- `Adam2kFn`, `AdamEpsFn`: the two experiments by which Liu et al. (arXiv:1908.03265, section 3.1) argue that the variance of the first
+  adaptive learning rates is to blame.
 - `SGDFn`: the momentum SGD that RAdam begins with, for ever.
 
     learn = Learner(dls, model, opt_func=AdamLinearFn)

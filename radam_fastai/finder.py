@@ -1,6 +1,9 @@
 """fastai's finder, over the learning rate that an update actually applies
 
-fastai's `lr_find` raises the learning rate over 100 updates and plots the loss against the rate that was set. With RAdam that axis is wrong. The rectifier has only just begun, so it holds the rate back: at β2 = .99 the last of 100 updates applies 63 % of it, and earlier ones far less. `rectified_lr_find` is the same finder with the effective rate, `lr`·$r_t$, on the axis, so the rate that it suggests is one that the weights have felt.
+fastai's `lr_find` raises the learning rate over 100 updates and plots the loss against the rate that was set. With RAdam that axis is
+wrong. The rectifier has only just begun, so it holds the rate back: at β2 = .99 the last of 100 updates applies 63 % of it, and earlier
+ones far less. `rectified_lr_find` is the same finder with the effective rate, `lr`·$r_t$, on the axis, so the rate that it suggests is
+one that the weights have felt.
 
     learn = Learner(dls, model, opt_func=RAdamFn)
     learn.rectified_lr_find()"""

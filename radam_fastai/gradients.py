@@ -1,6 +1,9 @@
-"""What the gradients look like in the first updates, and how far Adam's denominator can be trusted there: two callbacks that measure it
+"""What the first gradients look like, and how far Adam's denominator can be trusted: two callbacks that measure it
 
-The case for RAdam is a picture and a curve (Liu et al., *On the Variance of the Adaptive Learning Rate and Beyond*, ICLR 2020, arXiv:1908.03265). The picture: in the authors' runs, ten updates of Adam without a warm-up push the gradients to much smaller values. The curve: the variance of Adam's 1/sqrt(v̂), huge at first. Both are claims about their runs. `GradientHistogram` and `AdaptiveLRVariance` measure them in yours, for any `Learner`.
+The case for RAdam is a picture and a curve (Liu et al., *On the Variance of the Adaptive Learning Rate and Beyond*, ICLR 2020,
+arXiv:1908.03265). The picture: in the authors' runs, ten updates of Adam without a warm-up push the gradients to much smaller values.
+The curve: the variance of Adam's 1/sqrt(v̂), huge at first. Both are claims about their runs. `GradientHistogram` and
+`AdaptiveLRVariance` measure them in yours, for any `Learner`.
 
     learn = Learner(dls, model, opt_func=Adam, cbs=[GradientHistogram(steps=range(1, 11)), AdaptiveLRVariance(n_steps=100)])
     learn.fit_one_cycle(5)

@@ -1,6 +1,9 @@
 """Stop before the update that a bad batch would ruin, keep what was good, and load it again completely or not at all
 
-People leave training alone overnight. Then one batch has a loss of NaN, and in the morning so has every weight. `StopOnNonFinite` ends the fit one update earlier, and saves model and optimizer as they were. `load_strict` reads that file, or any other that `Learner.save` wrote. `Learner.load` only warns that it "could not load the optimizer state", and continues without it. `load_strict` raises an error that says what does not fit, and changes nothing.
+People leave training alone overnight. Then one batch has a loss of NaN, and in the morning so has every weight. `StopOnNonFinite` ends
+the fit one update earlier, and saves model and optimizer as they were. `load_strict` reads that file, or any other that `Learner.save`
+wrote. `Learner.load` only warns that it "could not load the optimizer state", and continues without it. `load_strict` raises an error
+that says what does not fit, and changes nothing.
 
     learn = Learner(dls, model, opt_func=RAdamFn, cbs=StopOnNonFinite('last_good'))
     learn.fit_flat_cos(50)

@@ -1,6 +1,8 @@
 """Send what the rectifier did to any experiment tracker, and keep a failing logger from ending the run
 
-A `RectifierRecorder` shows its numbers to every logger that reads `opt.hypers`, which covers fastai's own. Other trackers take a dict: `LogRectifier` hands them one after each update. Loggers depend on networks and disks, and those fail. With `FailSafe` around it, a logger that fails stops logging, and the fit continues.
+A `RectifierRecorder` shows its numbers to every logger that reads `opt.hypers`, which covers fastai's own. Other trackers take a dict:
+`LogRectifier` hands them one after each update. Loggers depend on networks and disks, and those fail. With `FailSafe` around it, a
+logger that fails stops logging, and the fit continues.
 
     learn = Learner(dls, model, opt_func=RAdamFn, cbs=[RectifierRecorder(), LogRectifier('wandb'), FailSafe(TensorBoardCallback())])
     learn.fit_one_cycle(5)"""

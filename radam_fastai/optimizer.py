@@ -1,6 +1,8 @@
-"""RAdam and Ranger for `Learner(..., opt_func=...)`: fastai's signatures, hyper-parameters, states and numbers, at the speed of a fused kernel
+"""RAdam and Ranger for `Learner(..., opt_func=...)`: fastai's signatures, states and numbers, at the speed of a fused kernel
 
-`RAdam` and `Ranger` take the place of `fastai.optimizer.RAdam` and `ranger` in any `Learner`. They accept the same arguments, keep the same state under the same names, read the same checkpoints, and agree to rounding. What differs is what happens in a step: the parameters of a group are updated by one or two kernel calls instead of a dozen small operations each.
+`RAdam` and `Ranger` take the place of `fastai.optimizer.RAdam` and `ranger` in any `Learner`. They accept the same arguments, keep the
+same state under the same names, read the same checkpoints, and agree to rounding. What differs is what happens in a step: the parameters
+of a group are updated by one or two kernel calls instead of a dozen small operations each.
 
     learn = Learner(dls, model, opt_func=RAdamFn)                  # the leaderboard runs' settings
     learn = Learner(dls, model, opt_func=partial(RAdam, mom=.95))  # your own"""

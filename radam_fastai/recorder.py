@@ -1,6 +1,9 @@
 """What the rectifier did at every update of a run: `learn.rectifier`
 
-Under RAdam a learning rate of .01 is not .01. The first updates are momentum SGD's at that rate; then come Adam's, at a share of it that grows from near zero. `RectifierRecorder` records, for every update and parameter group, what the rectifier made of the learning rate. It shows each epoch's mean in the progress table, and every logger can see the numbers. It only reads, a few numbers a step, and it works with any RAdam that a `Learner` can use: this package's, fastai's, or PyTorch's in an `OptimWrapper`.
+Under RAdam a learning rate of .01 is not .01. The first updates are momentum SGD's at that rate; then come Adam's, at a share of it that
+grows from near zero. `RectifierRecorder` records, for every update and parameter group, what the rectifier made of the learning rate. It
+shows each epoch's mean in the progress table, and every logger can see the numbers. It only reads, a few numbers a step, and it works
+with any RAdam that a `Learner` can use: this package's, fastai's, or PyTorch's in an `OptimWrapper`.
 
     learn = Learner(dls, model, opt_func=RAdamFn, cbs=RectifierRecorder())
     learn.fit_one_cycle(5)

@@ -1,6 +1,10 @@
 """`schedulefree.RAdamScheduleFree` in a `Learner`: no warm-up, no schedule, no length to fix in advance
 
-Schedule-free learning (Defazio et al., *The Road Less Scheduled*, arXiv:2405.15682) replaces the decay of the learning rate by an average of the weights. It keeps three sequences: z takes the steps of RAdam, x averages z, and gradients are taken at y = (1-β1)·z + β1·x. The model holds y while it trains and x at all other times. `RAdamScheduleFree` brings the optimizer of the package [schedulefree](https://github.com/facebookresearch/schedule_free) to fastai, and the callback `ScheduleFree` switches between y and x. You need both.
+Schedule-free learning (Defazio et al., *The Road Less Scheduled*, arXiv:2405.15682) replaces the decay of the learning rate by an
+average of the weights. It keeps three sequences: z takes the steps of RAdam, x averages z, and gradients are taken at y = (1-β1)·z +
+β1·x. The model holds y while it trains and x at all other times. `RAdamScheduleFree` brings the optimizer of the package
+[schedulefree](https://github.com/facebookresearch/schedule_free) to fastai, and the callback `ScheduleFree` switches between y and x.
+You need both.
 
     learn = Learner(dls, model, opt_func=RAdamScheduleFreeFn, cbs=ScheduleFree())
     learn.fit(5, 1e-2)

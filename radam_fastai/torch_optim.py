@@ -1,6 +1,8 @@
-"""The same update as a `torch.optim.Optimizer`, and an `OptimWrapper` that brings it to a `Learner` without losing what fastai knows about its parameters
+"""The same update as a `torch.optim.Optimizer`, and an `OptimWrapper` that brings it to a `Learner`
 
-For training loops without fastai, and for tools that expect PyTorch's own optimizers (schedulers, accelerate, distributed checkpoints), `RAdam` here has the arguments, the parameter groups and the state of `torch.optim.RAdam`, and gives its numbers. `RAdamWrapper` takes it into a fastai `Learner`.
+For training loops without fastai, and for tools that expect PyTorch's own optimizers (schedulers, accelerate, distributed checkpoints),
+`RAdam` here has the arguments, the parameter groups and the state of `torch.optim.RAdam`, and gives its numbers. `RAdamWrapper` takes it
+into a fastai `Learner`.
 
     opt = RAdam(model.parameters(), lr=1e-3)
     learn = Learner(dls, model, opt_func=partial(RAdamWrapper, betas=(.9,.99), weight_decay=.01, decoupled_weight_decay=True))"""

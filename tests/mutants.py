@@ -303,6 +303,10 @@ cuda = { # name: (module, what is there, what stands there instead), for tests/t
     'momentum is waited for':        ('functional', 'torch._foreach_lerp_(grad_avgs, grads, 1-mom)',
                                       'torch._foreach_lerp_(grad_avgs, grads, 1-mom); grads[0].sum().item()'),
     'a launch for each tensor':      ('bucket', 'if foreach is False else [lists]', 'if foreach is not True else [lists]'),
+    'gradients lie row by row':      ('bucket', 'if layout(p) != layout(g): ', 'if False: '),
+    'weights are laid out as before': ('bucket', 'or self._places() != self.places or self._orders() != self.orders', ''),
+    'averages are on one device':    ('bucket', 'if s[k].device != p.device or layout(s[k]) != order: s[k] = copy_like(s[k], p)',
+                                      's[k] = s[k].cpu()'),
     'devices are mixed':             ('bucket', 'fused, p.device, p.dtype', "fused, torch.device('cpu'), p.dtype"),
     'crops are read back':           ('recipes/data', 'return torch.einsum(', 'old.sum().item()\n    return torch.einsum(')}
 mutants.update(gpu, **{name: (*change, 'cuda') for name,change in cuda.items()})

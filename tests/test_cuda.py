@@ -116,17 +116,20 @@ def test_sgd_is_the_debiased_average(device):
 
 # ---- memory orders and places
 
+@pytest.mark.parametrize('grads', [torch.channels_last, torch.contiguous_format], ids=['grads too', 'grads row by row'])
 @pytest.mark.parametrize('name', ['RAdam', 'Ranger', 'torch'])
-def test_channels_last(name, device):
-    def go(order):
-        w = nn.Parameter(numbers(0, torch.float32, device)[2].to(memory_format=order))
+def test_channels_last(name, grads, device):
+    "Weights that turn to channels last after three of twenty steps, those of the momentum phase"
+    def go(order, grads):
+        w = nn.Parameter(numbers(0, torch.float32, device)[2])
         opt = OURS[name]([w])
         for t in range(1, 20):
-            w.grad = numbers(t, torch.float32, device)[2].to(memory_format=order)
+            if t == 4: w.data = w.data.to(memory_format=order)
+            w.grad = numbers(t, torch.float32, device)[2].to(memory_format=grads)
             opt.step()
         assert w.is_contiguous(memory_format=order)
         return w
-    assert apart([go(torch.channels_last)], [go(torch.contiguous_format)]) < 1e-6
+    assert apart([go(torch.channels_last, grads)], [go(*[torch.contiguous_format]*2)]) < 1e-6
 
 @each
 def test_states_move_between_devices(name, device):
@@ -250,15 +253,20 @@ def test_a_bucket_has_one_device(monkeypatch):
     buckets = Buckets(fastai_keys)([ps], {p: {} for p in ps})
     assert [[p.device.type for p in b.params] for b in buckets] == [['cpu', 'cpu'], ['meta']]
 
-@gpu_only
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two GPUs')
+two_gpus = [*on_gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two GPUs')]
+
+@pytest.mark.parametrize('others', ['meta', pytest.param('cuda:1', marks=two_gpus)])
 @each
-def test_parameters_on_two_devices(name):
+def test_parameters_on_two_devices(name, others, monkeypatch):
+    "Every second parameter is elsewhere; on 'meta' it has no numbers, and the others must not notice"
+    first = 'cuda:0' if others == 'cuda:1' else 'cpu'
+    if others == 'meta': monkeypatch.setattr(functional, 'has_fused_kernel', lambda device, dtype: False) # 'meta' has none
     def go(devices):
         ps = [nn.Parameter(p.to(devices[i%2])) for i,p in enumerate(numbers(0))]
         opt = OURS[name](ps)
         for t in range(20):
             for p,g in zip(ps, numbers(t+1)): p.grad = g.to(p.device)
             opt.step()
-        return ps
-    assert apart(go(['cuda:0', 'cuda:1']), go(['cpu', 'cpu'])) < 1e-12
+        assert all(o.device == p.device for p in ps for o in opt.state[p].values() if torch.is_tensor(o) and o.dim())
+        return ps[::2] if others == 'meta' else ps
+    assert apart(go([first, others]), go(['cpu', 'cpu'])) < 1e-12

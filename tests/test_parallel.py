@@ -19,8 +19,8 @@ from helpers import equal_jobs, result_of
 from radam_fastai.recipes import demo, parallel
 from radam_fastai.recipes.checkpoint import EpochCheckpoint, load_checkpoint, save_checkpoint
 from radam_fastai.recipes.cli import OptionError, RecipeError
-from radam_fastai.recipes.jobs import Run, TellEpochs, run_job, show_plan, train_left
-from radam_fastai.recipes.parallel import Board, Engine, Outcome, Tell, pack, unpack
+from radam_fastai.recipes.jobs import EpochProgress, Run, run_job, show_plan, train_left
+from radam_fastai.recipes.parallel import Engine, Outcome, ProgressBoard, ProgressWriter, pack, unpack
 from radam_fastai.recipes.records import read_records
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('tiny'), pytest.mark.xdist_group('parallel')]
@@ -124,12 +124,12 @@ def test_the_first_process_is_killed(whole, tmp_path, sig):
 
 def test_a_job_that_has_ended_is_not_written_to(tmp_path):
     "Its folder of news is gone: a worker that lives on ends before it writes the next checkpoint"
-    class Gone(Tell):
+    class Gone(ProgressWriter):
         def __call__(self, done, total, note=''):
             if note.startswith('epoch 2'): self.path = tmp_path/'gone'/'radam-1'
             super().__call__(done, total, note)
     with pytest.raises(FileNotFoundError): train_left(runs()[0], 'radam-1', 'test', tmp_path, Gone(tmp_path/'news'))
-    assert load_checkpoint(tmp_path/'radam-1.pth')['epoch'] == 1 and TellEpochs.order < EpochCheckpoint.order
+    assert load_checkpoint(tmp_path/'radam-1.pth')['epoch'] == 1 and EpochProgress.order < EpochCheckpoint.order
 
 def test_a_call_that_always_kills_its_worker(monkeypatch, tmp_path):
     "It is given up the third time that it has nothing new to tell; the others go on"
@@ -189,7 +189,7 @@ def clock(monkeypatch):
 
 def half_way(board, folder, clock):
     "After 30 seconds, one and a half of three runs are trained, one of which was begun before"
-    a,b = Tell(folder/'a'),Tell(folder/'b')
+    a,b = ProgressWriter(folder/'a'),ProgressWriter(folder/'b')
     a(0, 2)
     b(1, 4)
     board.look(folder)
@@ -203,13 +203,13 @@ def half_way(board, folder, clock):
 
 def test_lines(tmp_path, capsys, clock):
     "One for each epoch; 1.25 runs are left, of which 1.5 took 30 seconds"
-    half_way(Board('abc'), tmp_path, clock)
+    half_way(ProgressBoard('abc'), tmp_path, clock)
     assert capsys.readouterr().out.splitlines() == ['a: epoch 2 of 2', 'b: epoch 3 of 4', '1 of 3 finished, about 0:00:25 left']
 
 def test_bars(tmp_path, capsys, clock, monkeypatch):
     "On a terminal, of the runs that are being trained, and of all"
     monkeypatch.setattr(sys.stdout, 'isatty', lambda: True, raising=False)
-    half_way(board := Board('abc'), tmp_path, clock)
+    half_way(board := ProgressBoard('abc'), tmp_path, clock)
     assert capsys.readouterr().out == 'a: epoch 2 of 2\n'
     assert [(t.description, t.percentage, t.fields['note']) for t in board.bars.tasks] == [
         ('all', pytest.approx(175/3), '1 of 3 finished, about 0:00:25 left'), ('b', 75, 'epoch 3 of 4')]
