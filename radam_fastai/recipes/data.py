@@ -11,27 +11,27 @@ __all__ = ['find_folder', 'balanced', 'TensorDL', 'tensor_dls', 'digits', 'crop_
 
 # %% ../../nbs/37_recipes.data.ipynb #562a1871
 import hashlib
-import json
 import os
 import random
 import re
 import tarfile
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import accumulate
 from pathlib import Path
 
 import fastai.data
 import torch
+import torch.nn.functional as F
 from fastai.data.block import TransformBlock
-from fastai.data.core import TfmdDL
+from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.external import fastai_cfg
-from fastai.data.transforms import IntToFloatTensor, get_image_files, parent_label
-from fastai.torch_core import TensorCategory
-from fastai.vision.core import PILImage, TensorImage
+from fastai.data.transforms import IntToFloatTensor, get_image_files
+from fastai.torch_core import default_device
+from fastai.vision.core import PILImage
+from fastcore.basics import noop
 from fastdownload import FastDownload
-from PIL import Image
+from sklearn.datasets import load_digits
 from torch import Tensor
+from torch.utils.data import TensorDataset
 
 from ..files import building
 from .cli import OwnError, RecipeError, check, expanded
@@ -81,13 +81,17 @@ def unpack(
 # %% ../../nbs/37_recipes.data.ipynb #ee08b74e
 UNPACKED = Path('~/.radam_data') # `~` is looked up when it is needed: not every user has one
 
+def cache_folder() -> Path:
+    "Where unpacked archives and decoded images are kept"
+    return expanded('path', UNPACKED)
+
 def from_archives(
     folder:Path, # Folder that may hold archives
     name:str, # Of the folder in them
 ) -> Path|None: # Folder of the unpacked data; `None` if there are no such archives
     "Unpack `name.tgz`, or `name-train.tgz` and `name-val.tgz`, in `folder`"
     archives = [p for part in ('','-train','-val') if (p := folder/f'{name}{part}.tgz').exists()]
-    return unpack(archives, expanded('path', UNPACKED)/name) if archives else None
+    return unpack(archives, cache_folder()/name) if archives else None
 
 # %% ../../nbs/37_recipes.data.ipynb #315c1acb
 def find_folder(
@@ -211,152 +215,6 @@ class ItemSeedDL(TfmdDL):
         with kept_random():
             self.seed_item(s)
             return super().do_item(s)
-
-# %% ../../nbs/37_recipes.data.ipynb #9297b063
-def _raw(file):
-    "Size and bytes of an image"
-    image = read_image(file)
-    return image.size,image.tobytes()
-
-def _decode(files, folder, workers):
-    "Write `files` into a new `folder`: their pixels, then their sizes"
-    folder.mkdir()
-    sizes = []
-    with open(folder/'pixels', 'wb') as f,ThreadPoolExecutor(workers) as pool:
-        for size,pixels in pool.map(_raw, files):
-            sizes.append(size)
-            f.write(pixels)
-    (folder/'sizes.json').write_text(json.dumps(sizes))
-
-# %% ../../nbs/37_recipes.data.ipynb #1d62cc25
-class Decoded:
-    "Images in memory: the pixels of all, one image behind the other"
-    def __init__(self,
-        files:list, # Paths of the images
-        pixels:Tensor, # Bytes on the CPU, shape (number of all pixels, 3)
-        sizes:list, # Width and height of each image
-    ):
-        *first,n = 0,*accumulate(w*h for w,h in sizes)
-        if n != len(pixels): raise ValueError(f'{len(pixels):,} pixels, where the sizes ask for {n:,}')
-        self.places,self.pixels = dict(zip(files, zip(sizes, first))),pixels # file → size, first pixel
-
-    def on(self, device):
-        self.pixels = self.pixels.to(device) # once
-        return self.pixels
-
-# %% ../../nbs/37_recipes.data.ipynb #adc1520c
-def decoded(
-    files:list, # Paths of images
-    workers:int=None, # Threads that decode them; `None` for one per core, at most 16
-    folder:Path=None, # Where to keep them; `UNPACKED` if not given
-) -> Decoded: # The images
-    "The images in `files`, decoded once for all processes of this machine and all runs; an `OwnError` names one that cannot be read"
-    files = sorted(files)
-    about = ''.join(f'{f.absolute()} {(s := f.stat()).st_size} {s.st_mtime_ns}\n' for f in files)
-    dest = (folder or expanded('path', UNPACKED))/f'decoded-{hashlib.sha256(about.encode()).hexdigest()[:16]}'
-    if not dest.exists():
-        with building(dest) as tmp:
-            if not dest.exists(): # another process was not faster
-                print(f'decoding {len(files):,} images into {dest}', flush=True)
-                _decode(files, tmp/'images', min(16, os.cpu_count()) if workers is None else max(1, workers))
-                os.rename(tmp/'images', dest)
-    try:
-        sizes = json.loads((dest/'sizes.json').read_text())
-        pixels = torch.from_file(str(dest/'pixels'), size=(dest/'pixels').stat().st_size, dtype=torch.uint8)
-        return Decoded(files, pixels.view(-1, 3), sizes)
-    except (OSError, RuntimeError, ValueError) as e: raise RecipeError(f'{dest} is damaged ({e}): delete it, and it is made anew') from e
-
-# %% ../../nbs/37_recipes.data.ipynb #61b1ba19
-class Window(Image.Image):
-    "An image of which only the size is known; it notes the part that transforms want, all of it at first"
-    def __init__(self,
-        size:tuple, # Width and height of the image
-        first:int=0, # Where it begins among the pixels of all
-    ):
-        super().__init__()
-        self._size,self.wide,self.first = size,size[0],first
-        self.part,self.to,self.cut,self.mirrored = size,size,(0,0),False
-
-    def crop_pad(self, sz, tl=None, orig_sz=None, resize_to=None, **kwargs):
-        "The part of size `sz` at `tl` becomes as large as `resize_to`; without that, only its centre is kept"
-        if resize_to is None: self.cut = [(a-b)//2 for a,b in zip(self.to, sz)]
-        else:
-            self.part,self.to,(x,y) = sz,resize_to,tl
-            self.first += y*self.wide + (self.wide-sz[0]-x if self.mirrored else x)
-        self._size = resize_to or sz
-        return self
-
-    def flip_lr(self):
-        self.mirrored = not self.mirrored
-        return self
-
-    def row(self): return [self.first, self.wide, *self.part, *self.to, *self.cut, self.mirrored]
-
-# %% ../../nbs/37_recipes.data.ipynb #00b9bf5f
-def _bilinear(
-    part:Tensor, # Pixels of each part, along one axis
-    to:Tensor, # What they become
-    cut:Tensor, # How many of these are left out in front
-    mirrored:Tensor, # Whether they are counted from the end
-    n:int, # Pixels of the longest part
-    size:int, # Pixels to make
-) -> Tensor: # Shape (parts, `size`, `n`); the weights of a new pixel sum to 1
-    "The weights of old pixels in new ones"
-    part,to,cut,mirrored = (o[:,None,None] for o in (part, to, cut, mirrored))
-    old,new = (torch.arange(k, device=part.device) + .5 for k in (n, size))
-    scale = part/to
-    centre = (cut + new[:,None])*scale
-    centre = torch.where(mirrored, part-centre, centre)
-    w = (1 - (old-centre).abs()/scale.clamp(min=1)).clamp(min=0) * (old < part)
-    return w/w.sum(-1, keepdim=True)
-
-# %% ../../nbs/37_recipes.data.ipynb #d9666028
-def cut_out(
-    pixels:Tensor, # Bytes of all images, shape (number of pixels, 3)
-    windows:list, # `Window`s of the same size
-) -> Tensor: # float32, 0 to 255, shape (n, 3, height, width)
-    "The parts that `windows` want, resized"
-    rows,size,device = torch.tensor([w.row() for w in windows]).T,windows[0].size,pixels.device
-    w,h = rows[2:4].amax(1).tolist()
-    first,wide,part_w,part_h,to_w,to_h,cut_x,cut_y,mirrored = rows.to(device, non_blocking=True) # without waiting for the GPU
-    line = first[:,None] + torch.arange(h, device=device)*wide[:,None]
-    at = line[:,:,None] + torch.arange(w, device=device)
-    old = pixels.index_select(0, at.clamp_(max=len(pixels)-1).flatten()).view(*at.shape, 3).float() # beyond a part, the weight is 0
-    mirrored = mirrored.bool()
-    down = _bilinear(part_h, to_h, cut_y, torch.zeros_like(mirrored), h, size[1])
-    across = _bilinear(part_w, to_w, cut_x, mirrored, w, size[0])
-    return torch.einsum('niy,nyxc,njx->ncij', down, old, across).contiguous()
-
-# %% ../../nbs/37_recipes.data.ipynb #77481990
-class DecodedDL(ItemSeedDL):
-    "Loads images that are in memory, each of a class that its folder names"
-    def __init__(self,
-        dataset, # fastai `Datasets` of files and categories
-        *args,
-        images:Decoded, # All of these files
-        **kwargs # As for `TfmdDL`
-    ):
-        self.images,classes = images,dataset.vocab.o2i
-        self.known = [(*images.places[f], classes[parent_label(f)]) for f in dataset.items]
-        super().__init__(dataset, *args, **{**kwargs, 'num_workers': 0})
-    def new(self, dataset=None, cls=None, **kwargs): return super().new(dataset, cls, **{'images': self.images, **kwargs})
-    def do_item(self, s): return s or 0
-    def window(self, s):
-        self.seed_item(s)
-        return self.after_item(Window(*self.known[s][:2]))
-    def create_batch(self, items):
-        with kept_random(): windows = [self.window(s) for s in items]
-        pixels = self.images.on(self.device or torch.device('cpu'))
-        return TensorImage(cut_out(pixels, windows)),TensorCategory([self.known[s][2] for s in items])
-    def retain(self, res, b): return res
-
-# %% ../../nbs/37_recipes.data.ipynb #be25e08c
-import torch.nn.functional as F
-from fastai.data.core import DataLoaders
-from fastai.torch_core import default_device
-from fastcore.basics import noop
-from sklearn.datasets import load_digits
-from torch.utils.data import TensorDataset
 
 # %% ../../nbs/37_recipes.data.ipynb #8be4fb66
 class TensorDL(TfmdDL):

@@ -36,18 +36,8 @@ from fastai.vision.core import imagenet_stats
 from torch import nn
 
 from .cli import RANGES, Flag, check, check_out, check_ranges, command, expanded, is_main
-from radam_fastai.recipes.data import (
-    Decoded,
-    DecodedDL,
-    ItemSeedDL,
-    ReadableImageBlock,
-    balanced,
-    decoded,
-    digest,
-    download,
-    find_folder,
-    split_files,
-)
+from .data import ItemSeedDL, ReadableImageBlock, balanced, digest, download, find_folder, split_files
+from .decoded import Decoded, DecodedDL, decoded
 from .jobs import Run, run_job, show_plan
 from .optims import OPTION
 from .parallel import Engine

@@ -179,7 +179,7 @@ class Outcome(NamedTuple):
 
 class Paused(Exception): "A call has told what is new"
 
-class TellOnce(ProgressWriter):
+class PausingWriter(ProgressWriter):
     "Pauses its call as soon as it tells more after something new"
     def __call__(self, done, total, note=''):
         if self.note: raise Paused('for the checkpoint to be sent')
@@ -191,7 +191,7 @@ def _elsewhere(name, calls, checkpoint):
         told.touch()
         if checkpoint: path.write_bytes(checkpoint)
         (out/'calls').write_bytes(calls)
-        try: o = Outcome(name, unpack(out/'calls')[name](out, TellOnce(told)))
+        try: o = Outcome(name, unpack(out/'calls')[name](out, PausingWriter(told)))
         except Paused: o = Outcome(name, again=True)
         return o._replace(told=told.read_text(), checkpoint=path.read_bytes() if path.exists() else None)
 
