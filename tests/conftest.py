@@ -1,6 +1,7 @@
 """What every test shares: no display, one seed, and the folder of optional data archives."""
 import os
 import random
+from collections import Counter
 from pathlib import Path
 
 os.environ.setdefault('MPLBACKEND', 'Agg')
@@ -17,6 +18,15 @@ torch.set_num_threads(1) # the tensors here are small: a second thread only wait
 def pytest_sessionfinish(session):
     "With pytest-xdist, a worker hands its tally to the process that prints"
     if hasattr(session.config, 'workeroutput'): session.config.workeroutput['tally'] = [(*k, n) for k,n in tally.items()]
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    "Of a test marked `many`, every fifth case stays in `make test-fast`"
+    seen = Counter()
+    for o in items:
+        if not o.get_closest_marker('many'): continue
+        if seen[o.function] % 5: o.add_marker(pytest.mark.slow)
+        seen[o.function] += 1
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node):

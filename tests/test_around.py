@@ -36,6 +36,7 @@ def compiled_whole(backward, step):
     def whole(): backward(), step()
     return torch.compile(whole, backend='eager')
 
+@pytest.mark.many
 @each
 @pytest.mark.parametrize('rounds', [compiled_step, compiled_whole])
 def test_compiled(opt_func, rounds):
@@ -125,6 +126,7 @@ def kernel_errors(n, mom, sqr_mom, rounded):
     pairs = zip(updates(n, mom, sqr_mom, in_float32, rounded), updates(n, mom, sqr_mom, exactly))
     return {t: np.abs(a-b).max()/np.abs(b).max() for (t,a),(_,b) in pairs}
 
+@pytest.mark.many
 @pytest.mark.parametrize('rounded', [float32, lambda b: b], ids=['β rounded', 'β as it is'])
 @pytest.mark.parametrize('mom', [.9, .95, .999])
 @pytest.mark.parametrize('sqr_mom', [.9, .98, .99, .995, .999, .9995, .9999, .99999, 1-2**-12, 1-2**-20, 1-1e-7, 1-1e-8])

@@ -71,6 +71,7 @@ opt_funcs = {k: v[0] for k,v in baselines.items()}
 each = pytest.mark.parametrize('opt_func', opt_funcs.values(), ids=opt_funcs)
 precisions = pytest.mark.parametrize('dtype,tol', [(torch.float64, 1e-12), (torch.float32, 2e-5)])
 
+@pytest.mark.many
 @precisions
 @pytest.mark.parametrize('variant', [{}, dict(wd=.3), dict(decouple_wd=False, wd=.3), dict(maximize=True), dict(mom=0.)], ids=str)
 @pytest.mark.parametrize('name', baselines)
@@ -81,6 +82,7 @@ def test_definition(name, variant, dtype, tol):
     got = drive(opt_func(ps := params(dtype), lr=.01, **variant), ps, sched=sched)
     compare(got, plain(step, sched=sched, dtype=dtype, lr=.01, **{**kw, **variant}), tol)
 
+@pytest.mark.many
 @precisions
 @pytest.mark.parametrize('variant', [dict(beta=2.), dict(eps=1e-2, eps_debiased=False), dict(sqr_mom=.9), dict(sqr_mom=0.)], ids=str)
 @pytest.mark.parametrize('name', ['adam', 'warmup', '2k', '2k-freeze'])
@@ -102,6 +104,7 @@ def test_momentum_until_then(f, dtype, tol):
 
 # ---- fastai, PyTorch, and schedules by hand
 
+@pytest.mark.many
 @pytest.mark.parametrize('dtype,tol', [(torch.float64, 1e-12), (torch.float32, 1e-6)])
 @pytest.mark.parametrize('variant', [{}, dict(sqr_mom=.9), dict(sqr_mom=.999, wd=.3), dict(decouple_wd=False), dict(eps=1e-2),
                                      dict(mom=.5)], ids=str)
@@ -119,6 +122,7 @@ def torch_run(cls, factor, dtype, **kw):
         sched.step()
     return ps
 
+@pytest.mark.many
 @pytest.mark.parametrize('dtype,tol', [(torch.float64, 1e-12), (torch.float32, 2e-5)])
 @pytest.mark.parametrize('name,factor', [('adam', lambda t: 1.), ('warmup', linear(50)), ('linear', untuned_linear),
                                          ('exponential', untuned_exponential)])
@@ -435,6 +439,7 @@ def test_warmup_on_top_of_one_cycle(name, factor):
     for h,g in zip(a.opt.hypers, b.opt.hypers): h['lr'] = g['lr'] # the last one, which b's callback has scaled
     assert_close(a, b)
 
+@pytest.mark.many
 @pytest.mark.parametrize('name', in_learner)
 def test_save_and_load_go_on_as_if_never_stopped(name, tmp_path):
     "Into a new Learner, without a warning, to the last bit; Adam-2k in the middle of its wait"

@@ -199,6 +199,7 @@ def runs(draw):
     has_grad = draw(st.lists(st.lists(st.booleans(), min_size=n, max_size=n), min_size=1, max_size=16))
     return shapes,has_grad,draw(st.integers(0, len(has_grad))),draw(st.sets(st.integers(0, n-1)))
 
+@pytest.mark.many
 @pytest.mark.parametrize('cls', [partial(RAdam, wd=.1, sqr_mom=.9), partial(Ranger, wd=.1, sqr_mom=.9, k=3), partial(TorchRAdam, **both)],
                          ids=['RAdam', 'Ranger', 'torch'])
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -446,6 +447,7 @@ def test_what_the_recorder_left_behind(cls):
     assert not {'rect', 'effective_lr'} & {k for h in hypers_of(opt) for k in h}
     close(run(opt, range(7, 9)), expect, 0)
 
+@pytest.mark.many
 @pytest.mark.parametrize('name', CASES)
 def test_refused(name):
     "The error names what differs; the optimizer has not changed by a bit, and its run goes on"

@@ -61,6 +61,7 @@ TOLS = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: .1, torch.flo
 in_all = pytest.mark.parametrize('dtype,tol', TOLS.items(), ids=[str(o)[6:] for o in TOLS])
 each = pytest.mark.parametrize('name', OURS)
 
+@pytest.mark.many
 @in_all
 @each
 def test_same_as_stock(name, dtype, tol, device):
@@ -223,6 +224,7 @@ def test_a_graph_is_refused(name):
     with pytest.raises(RuntimeError, match='CUDA graph'), torch.cuda.graph(torch.cuda.CUDAGraph()): opt.step()
     assert all(map(torch.equal, ps, before))
 
+@pytest.mark.many
 @each
 @pytest.mark.parametrize('phase,most', [('momentum', 5), ('adaptive', 2)])
 def test_launches_of_a_step(name, phase, most, device):
@@ -255,6 +257,7 @@ def test_a_bucket_has_one_device(monkeypatch):
 
 two_gpus = [*on_gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two GPUs')]
 
+@pytest.mark.many
 @pytest.mark.parametrize('others', ['meta', pytest.param('cuda:1', marks=two_gpus)])
 @each
 def test_parameters_on_two_devices(name, others, monkeypatch):

@@ -12,6 +12,7 @@ from helpers import opts, plain_rect, recorded_learner, state_of
 from radam_fastai.finder import rectified_lr_find
 from radam_fastai.optimizer import RAdam
 
+@pytest.mark.many
 @pytest.mark.parametrize('name', opts)
 def test_finder_has_the_taken_rate_on_its_axis(name, monkeypatch):
     seen = {}
@@ -30,6 +31,7 @@ def test_finder_has_the_taken_rate_on_its_axis(name, monkeypatch):
     assert x[5:] == pytest.approx([lr*plain_rect(t, .99, 5) for t,lr in enumerate(set_to, 1) if t > 5][:-5], rel=1e-5)
     plt.close('all')
 
+@pytest.mark.many
 @pytest.mark.parametrize('name', opts)
 def test_finder_leaves_everything_as_found(name):
     learn = recorded_learner(opts[name])

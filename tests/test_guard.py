@@ -74,6 +74,7 @@ BAD = { # at which event what happens, and what is named
 
 # ---- stopped in time
 
+@pytest.mark.many
 @each
 @pytest.mark.parametrize('bad', BAD)
 def test_all_is_as_the_last_good_update_left_it(tmp_path, opt, bad):
@@ -362,6 +363,7 @@ def saved(tmp_path, opt='RAdam', name='a', **kw):
     learn.fit(1, .02)
     return learn,state
 
+@pytest.mark.many
 @pytest.mark.parametrize('opt', [*OPTS, fo.SGD, partial(OptimWrapper, opt=torch.optim.SGD), RAdamFn], ids=stable)
 def test_loads_what_learner_load_loads(tmp_path, opt):
     "Without a warning, even of an optimizer whose hyper-parameters NumPy made"
@@ -413,6 +415,7 @@ REFUSED = {
     'a list':             (replace(lambda sd: [1]), 'a.pth'),
 }
 
+@pytest.mark.many
 @pytest.mark.parametrize('opt', ['RAdam', 'Ranger', 'adam'])
 @pytest.mark.parametrize('name', REFUSED)
 def test_refused_with_nothing_changed(tmp_path, opt, name):
@@ -448,6 +451,7 @@ class Extra(nn.Module):
         self.known = state['known']
         if state['known'] and self.refuses: raise KeyError('half-way')
 
+@pytest.mark.many
 @each
 @pytest.mark.parametrize('what', ['extra state', 'expanded buffer'])
 def test_a_model_that_cannot_take_it(tmp_path, opt, what):

@@ -98,12 +98,14 @@ def test_reference_is_torch_radam(cls):
     for learn in (a, b): learn.fit(4, 1e-2, wd=.1)
     torch.testing.assert_close(flat(a), flat(b), rtol=1e-9, atol=1e-11)
 
+@pytest.mark.many
 @pytest.mark.parametrize('decouple_wd', [True, False])
 @pytest.mark.parametrize('wd_bn_bias', [True, False])
 def test_equals_fastai(pair, decouple_wd, wd_bn_bias):
     pair = [partial(o, decouple_wd=decouple_wd) for o in pair]
     train_both(pair, lambda learn: learn.fit(4, 1e-2, wd=.1), wd_bn_bias=wd_bn_bias)
 
+@pytest.mark.many
 @pytest.mark.parametrize('ours, theirs', [
     (RAdam, stock.RAdam), (Ranger, stock.ranger), (RAdamWrapper, partial(torch_like, sqr_mom=.999, eps=1e-8, decouple_wd=False)),
     (partial(RAdam, mom=.95), partial(stock.RAdam, mom=.95)), (partial(RAdam, lr=.02, beta=50), partial(stock.RAdam, lr=.02, beta=50)),
@@ -141,6 +143,7 @@ SCHEDULES = {
     'sgdr': lambda learn: learn.fit_sgdr(2, 1, .02),
     'fine_tune': lambda learn: learn.fine_tune(3, .02)}
 
+@pytest.mark.many
 @pytest.mark.parametrize('schedule', SCHEDULES)
 def test_schedule_equals_fastai(pair, schedule):
     train_both(pair, SCHEDULES[schedule])
@@ -153,6 +156,7 @@ def test_one_cycle_schedules_momentum(ours):
     assert min(a.recorder.hps['mom']) == pytest.approx(.5, abs=.05)
     assert (flat(a)-flat(b)).abs().max() > 1e-3
 
+@pytest.mark.many
 @pytest.mark.parametrize('name, start, end', [('lr',.001,.05), ('mom',.5,.99), ('sqr_mom',.999,.8), ('eps',1e-8,1.), ('wd',0.,2.)])
 def test_any_hyper_can_be_scheduled(pair, name, start, end):
     learn,_ = train_both(pair, lambda learn: learn.fit(4, .02, cbs=ParamScheduler({name: SchedLin(start, end)})))
@@ -177,6 +181,7 @@ def by_hypers(learn, k, vs):
     for h,v in zip(learn.opt.hypers, vs): h[k] = v
 def by_param_groups(learn, k, vs): learn.opt.param_groups = [{**pg, k: v} for pg,v in zip(learn.opt.param_groups, vs)]
 
+@pytest.mark.many
 @pytest.mark.parametrize('name', GROUP_HYPERS)
 @pytest.mark.parametrize('write', [by_hypers, by_param_groups])
 def test_hyper_of_a_group_written_during_training(pair, write, name):
@@ -287,6 +292,7 @@ def test_frozen_mid_training_stays_put(ours, whose):
 def release(learn):
     for p in learn.model.parameters(): p.grad = None
 
+@pytest.mark.many
 @pytest.mark.parametrize('train_bn', [True, False])
 @pytest.mark.parametrize('whose', ['learn', 'opt'])
 def test_freeze_and_unfreeze_mid_training(pair, whose, train_bn):
@@ -332,6 +338,7 @@ def test_cancelled_step_is_not_a_step(pair):
     assert steps(learn) == [12]*5
     assert_skipped(get_history(pair[0], At('before_step', cancel_step, skipped)), skipped)
 
+@pytest.mark.many
 @pytest.mark.parametrize('skipped', [[], [0], [2,6,7]])
 def test_fp16_overflow_is_not_a_step(pair, skipped):
     cbs = lambda: [CPUMixedPrecision(), At('after_backward', overflow, skipped)]
@@ -391,6 +398,7 @@ def test_terminate_on_nan_then_load(pair, tmp_path):
 
 # --- starting again, and going on
 
+@pytest.mark.many
 @pytest.mark.parametrize('before', [0, 2])
 def test_lr_find_leaves_no_trace(pair, tmp_path, before):
     "Whether it comes first or in the middle: the fit after it is, to the last bit, the fit without it"

@@ -53,6 +53,7 @@ ends = {'short epochs': lambda: ShortEpochCallback(pct=.5), **{f'{e.__name__} in
 
 def clean(learn): return not any({'rect', 'effective_lr'} & set(h) for h in learn.opt.hypers)
 
+@pytest.mark.many
 @pytest.mark.parametrize('end, name', [(end, 'RAdam') for end in ends] + [('short epochs', name) for name in opts if name != 'RAdam'])
 def test_nothing_that_loggers_see_is_ever_saved(end, name, tmp_path):
     "However a batch ends: `save`, `load`, `load_strict`, `lr_find` and `export` are as without a recorder"
@@ -161,6 +162,7 @@ def wandb_callback(monkeypatch):
     monkeypatch.setattr(module, '_format_config', lambda config: config) # which fails beside fastcore 2.2
     return module.WandbCallback(log=None, log_preds=False, log_model=False)
 
+@pytest.mark.many
 @pytest.mark.parametrize('name', ['RAdam', 'wrapper', 'torch'])
 @pytest.mark.parametrize('bridge', ['WandbCallback', 'LogRectifier', 'FailSafe'])
 def test_wandb(wandb, monkeypatch, bridge, name):

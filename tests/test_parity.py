@@ -60,6 +60,7 @@ variants = [{}, dict(sqr_mom=.9), dict(sqr_mom=.999), dict(sqr_mom=.6), dict(dec
             dict(threshold=4), dict(sgd_phase='skip'), dict(eps=0.), dict(mom=0.), dict(eps=1e-2, eps_debiased=False, decouple_wd=False)]
 ids = lambda v: '-'.join(f'{k}={x}' for k,x in v.items()) or 'base'
 
+@pytest.mark.many
 @pytest.mark.parametrize('dtype,tol', [(torch.float64, 1e-12), (torch.float32, 2e-5)])
 @pytest.mark.parametrize('variant', variants, ids=ids)
 def test_algorithm_2(variant, dtype, tol):
@@ -72,6 +73,7 @@ def test_algorithm_2_in_half_precision(dtype, tol):
     "No more than the parameters' own rounding, step after step"
     compare(drive(RAdam(ps := params(dtype), **base), ps, n=60), plain(plain_step, n=60, dtype=dtype, **base), tol)
 
+@pytest.mark.many
 @pytest.mark.parametrize('dtype,tol', [(torch.float64, 1e-12), (torch.float32, 1e-6)])
 @pytest.mark.parametrize('variant', [{}, dict(sqr_mom=.9), dict(sqr_mom=.999), dict(sqr_mom=.5), dict(decouple_wd=False), dict(beta=2.),
                                      dict(eps=0., wd=0.)], ids=ids)
@@ -79,6 +81,7 @@ def test_fastai_radam(variant, dtype, tol):
     kw = {**base, **variant}
     compare(drive(RAdam(a := params(dtype), **kw), a), drive(fo.RAdam(b := params(dtype), **kw), b), tol)
 
+@pytest.mark.many
 @pytest.mark.parametrize('dtype,tol', [(torch.float64, 1e-12), (torch.float32, 1e-6)])
 @pytest.mark.parametrize('variant', [{}, dict(k=1), dict(k=5, alpha=.8), dict(alpha=0.), dict(alpha=1.),
                                      dict(sqr_mom=.999, decouple_wd=False)], ids=ids)
@@ -86,6 +89,7 @@ def test_fastai_ranger(variant, dtype, tol):
     kw = dict(lr=.01, wd=.1, **variant)
     compare(drive(Ranger(a := params(dtype), **kw), a), drive(fo.ranger(b := params(dtype), **kw), b), tol)
 
+@pytest.mark.many
 @pytest.mark.parametrize('dtype,tol', [(torch.float64, 1e-12), (torch.float32, 1e-6)])
 @pytest.mark.parametrize('foreach', [None, True, False])
 @pytest.mark.parametrize('variant', [{}, dict(betas=(.8, .9)), dict(betas=(.9, .99)), dict(betas=(.9, .5)), dict(weight_decay=.1),

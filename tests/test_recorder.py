@@ -66,6 +66,7 @@ def resumed(learn):
     learn.load('half')
     learn.fit(2, .01)
 
+@pytest.mark.many
 @pytest.mark.parametrize('name, run', [*((o, undisturbed) for o in opts), *(
     (o, run) for o in ('RAdam', 'wrapper', 'fastai', 'torch') for run in (skipped, accumulated, frozen, late, resumed))], ids=stable)
 def test_effective_lr_is_what_moved_the_weights(name, run, tmp_path):
