@@ -36,10 +36,10 @@ Modules:
 - `radam_fastai.recipes.checkpoint`: A killed run continues with the epoch it was in, and ends with the numbers of an uninterrupted run
 - `radam_fastai.recipes.cli`: How the commands of this package read their options, and how they end
 - `radam_fastai.recipes.data`: Archives and folders that are checked before they are used, and augmentation that does not depend on which process reads an image
-- `radam_fastai.recipes.decoded`: Decoded once, then cropped and resized in batches, on the device that trains
 - `radam_fastai.recipes.demo`: What RAdam is for, on handwritten digits: `radam-demo` needs no download, no GPU and no patience
 - `radam_fastai.recipes.distributed`: `accelerate launch` shares the batches of a run among processes, and the run stays the same run
 - `radam_fastai.recipes.imagenette`: XResNets on ten classes of ImageNet, the 5-epoch leaderboard run of fastai: `radam-imagenette`
+- `radam_fastai.recipes.in_memory`: Decoded once, then cropped and resized in batches, on the device that trains
 - `radam_fastai.recipes.jobs`: One runner for all recipes: runs with records, checkpoints after every epoch, and a job that can be killed at any moment
 - `radam_fastai.recipes.optims`: The settings of a run: an optimizer and a schedule by name, and their numbers
 - `radam_fastai.recipes.parallel`: Runs side by side: on the cores and GPUs of one machine, or on a Ray or Dask cluster

@@ -309,7 +309,7 @@ def plot_published(
         for i,rs in enumerate(rows[s].values()): _beside_published(ax, i, rs)
         ax.set(yticks=range(len(rows[s])), yticklabels=rows[s], ylim=(len(rows[s])-.5, -.5), title=f'split {s}')
         ax.spines[['top','right']].set_visible(False)
-    axs[-1,0].set_xlabel('accuracy after the last epoch (points: runs; line and band: published mean ± standard deviation)')
+    fig.supxlabel('accuracy after the last epoch (points: runs; line and band: published mean ± standard deviation)', fontsize='medium')
     return fig
 
 # %% ../nbs/23_plot.ipynb #c4f03ed6

@@ -272,12 +272,12 @@ gpu = { # what `radam-bench gpu` and images in memory promise; of the CUDA tests
     'calls within calls count':      ('bench/step', " and not (e.cpu_parent and e.cpu_parent.name.startswith('aten::'))", '', 'bench'),
     'waits before it looks at the clock': ('bench/step', 'returned = time.perf_counter(); sync()', 'sync(); returned = time.perf_counter()',
                                            'bench'),
-    'new pixels skip old ones':      ('recipes/decoded', '/scale.clamp(min=1))', ')', 'data'),
-    'mirrored crops are elsewhere':  ('recipes/decoded', 'self.wide-sz[0]-x if self.mirrored else x', 'x', 'data'),
-    'crops follow from one another': ('recipes/decoded', '        self.seed_item(s)\n        return self.after_item(',
+    'new pixels skip old ones':      ('recipes/in_memory', '/scale.clamp(min=1))', ')', 'data'),
+    'mirrored crops are elsewhere':  ('recipes/in_memory', 'self.wide-sz[0]-x if self.mirrored else x', 'x', 'data'),
+    'crops follow from one another': ('recipes/in_memory', '        self.seed_item(s)\n        return self.after_item(',
                                       '        return self.after_item(', 'data'),
-    'changed images stay':           ('recipes/decoded', ' {s.st_mtime_ns}', '', 'data'),
-    'a damaged file is used':        ('recipes/decoded', 'if n != len(pixels): raise', 'if False: raise', 'data'),
+    'changed images stay':           ('recipes/in_memory', ' {s.st_mtime_ns}', '', 'data'),
+    'a damaged file is used':        ('recipes/in_memory', 'if n != len(pixels): raise', 'if False: raise', 'data'),
     'how images are read is forgotten': ('recipes/imagenette', "if in_memory: options['in_memory'] = True", 'pass', 'bench')}
 cuda = { # name: (module, what is there, what stands there instead), for tests/test_cuda.py on a CPU
     'r_t is lost':                   ('functional', 'decouple_wd=decouple_wd, lr=lr*lr_mult,', 'decouple_wd=decouple_wd, lr=lr,'),
@@ -308,7 +308,7 @@ cuda = { # name: (module, what is there, what stands there instead), for tests/t
     'averages are on one device':    ('bucket', 'if s[k].device != p.device or layout(s[k]) != order: s[k] = copy_like(s[k], p)',
                                       's[k] = s[k].cpu()'),
     'devices are mixed':             ('bucket', 'fused, p.device, p.dtype', "fused, torch.device('cpu'), p.dtype"),
-    'crops are read back':           ('recipes/decoded', 'return torch.einsum(', 'old.sum().item()\n    return torch.einsum(')}
+    'crops are read back':           ('recipes/in_memory', 'return torch.einsum(', 'old.sum().item()\n    return torch.einsum(')}
 mutants.update(gpu, **{name: (*change, 'cuda') for name,change in cuda.items()})
 
 def planted(

@@ -17,7 +17,7 @@ from radam_fastai.baselines import SGD, Adam
 from radam_fastai.bench.step import profiled, waiter
 from radam_fastai.bucket import Buckets, fastai_keys
 from radam_fastai.optimizer import RAdam, Ranger
-from radam_fastai.recipes.decoded import Window, cut_out
+from radam_fastai.recipes.in_memory import Window, cut_out
 from radam_fastai.recorder import RectifierRecorder
 from radam_fastai.torch_optim import RAdam as TorchRAdam, RAdamWrapper
 

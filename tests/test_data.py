@@ -17,7 +17,7 @@ from fastai.torch_core import set_seed
 from PIL import Image
 
 from helpers import ended, forked, short_header, tar
-from radam_fastai.recipes import data, decoded, imagenette
+from radam_fastai.recipes import data, imagenette, in_memory
 from radam_fastai.recipes.cli import RecipeError
 from radam_fastai.recipes.data import balanced, check_sum, digest, split_files, unpack
 from radam_fastai.recipes.records import read_records
@@ -255,14 +255,14 @@ def all_files(path): return [f for part in split_files(path) for fs in part.valu
 @pytest.mark.parametrize('valid', [False, True])
 def test_images_in_memory_are_those_of_the_files(sized, aug, valid):
     "The same items in the same order, the same crops, mirrored or not; every pixel as Pillow has it, before it rounds, twice"
-    slow,fast = (batches(sized, 5, aug=aug, valid=valid, norm=False, images=o) for o in (None, decoded.decoded(all_files(sized))))
+    slow,fast = (batches(sized, 5, aug=aug, valid=valid, norm=False, images=o) for o in (None, in_memory.decoded(all_files(sized))))
     assert len(slow) == len(fast) == (3 if valid else 4)
     for (x,y),(u,v) in zip(slow, fast):
         assert torch.equal(y, v) and type(u) is type(x) and type(v) is type(y)
         assert 255*(x-u).abs().max() < 1.01 and (x-u).abs().mean() < .4/255
 
 def test_crops_in_memory_depend_on_item_and_epoch_alone(sized):
-    images = decoded.decoded(all_files(sized))
+    images = in_memory.decoded(all_files(sized))
     a,b,other = (batches(sized, seed, images=images) for seed in (1, 1, 2))
     assert all(torch.equal(x, y) for (x,_),(y,_) in zip(a, b)) and not torch.equal(a[0][0], other[0][0])
     random.seed(5)
@@ -274,33 +274,33 @@ def test_crops_in_memory_depend_on_item_and_epoch_alone(sized):
 def test_images_are_decoded_once(sized, unpacked, monkeypatch):
     "For all runs, splits and processes; those that have changed, again"
     files,read = all_files(sized),[]
-    monkeypatch.setattr(decoded, 'read_image', lambda f: read.append(f) or Image.open(f).convert('RGB'))
-    a,b = decoded.decoded(files, 2),decoded.decoded(files[::-1], 0)
+    monkeypatch.setattr(in_memory, 'read_image', lambda f: read.append(f) or Image.open(f).convert('RGB'))
+    a,b = in_memory.decoded(files, 2),in_memory.decoded(files[::-1], 0)
     assert sorted(read) == sorted(files) and torch.equal(a.pixels, b.pixels) and len(a.pixels) == sum(w*h for (w,h),_ in a.places.values())
     old = files[7].read_bytes()
     Image.new('RGB', (50, 40), 'red').save(files[7])
     files[7].write_bytes(files[7].read_bytes().ljust(len(old), b'\0')) # as long as it was
     assert files[7].stat().st_size == len(old)
-    changed = decoded.decoded(files)
+    changed = in_memory.decoded(files)
     size,first = changed.places[files[7]]
     assert len(read) == 2*len(files) and size == [50,40]
     assert (changed.pixels[first:first+50*40].float().mean(0) > 250).tolist() == [True, False, False]
 
 def test_several_processes_decode_at_once(sized, unpacked, monkeypatch):
-    raw = decoded._raw
-    monkeypatch.setattr(decoded, '_raw', lambda f: time.sleep(.005) or raw(f)) # so that all have come before the first is done
-    assert [ended(pid) for pid in [forked(partial(decoded.decoded, all_files(sized), 1)) for _ in range(4)]] == [0]*4
+    raw = in_memory._raw
+    monkeypatch.setattr(in_memory, '_raw', lambda f: time.sleep(.005) or raw(f)) # so that all have come before the first is done
+    assert [ended(pid) for pid in [forked(partial(in_memory.decoded, all_files(sized), 1)) for _ in range(4)]] == [0]*4
     folder, = unpacked.glob('[!.]*')
     assert sorted(f.name for f in folder.iterdir()) == ['pixels', 'sizes.json'] and not list(unpacked.glob('.making-*[!k]'))
 
 @pytest.mark.parametrize('damage', ['pixels cut', 'no sizes', 'other sizes'])
 def test_damaged_memory_is_named(sized, unpacked, damage):
-    decoded.decoded(all_files(sized))
+    in_memory.decoded(all_files(sized))
     folder, = unpacked.glob('[!.]*')
     if damage == 'pixels cut': os.truncate(folder/'pixels', 300)
     if damage == 'no sizes': (folder/'sizes.json').unlink()
     if damage == 'other sizes': (folder/'sizes.json').write_text('[[1, 2]]')
-    with pytest.raises(RecipeError, match=f'{folder} is damaged .*: delete it'): decoded.decoded(all_files(sized))
+    with pytest.raises(RecipeError, match=f'{folder} is damaged .*: delete it'): in_memory.decoded(all_files(sized))
 
 def test_unreadable_image_is_named_when_it_is_decoded(cli, sized, unpacked, tmp_path):
     (f := sized/'train'/'n03'/'1.jpg').write_bytes(b'no image')
@@ -315,4 +315,4 @@ def test_photographs_in_memory_are_those_of_the_files(data_path, unpacked, aug):
         dl = imagenette.get_dls(train, valid, 128, 16, aug, norm=False, workers=0, **kwargs).train
         dl.rng = random.Random(0)
         return dl.one_batch()[0]
-    assert 255*(first() - first(images=decoded.decoded(train+valid))).abs().max() < 1.01
+    assert 255*(first() - first(images=in_memory.decoded(train+valid))).abs().max() < 1.01

@@ -127,8 +127,8 @@ def reading_ms(
     n:int=6, # Batches
 ) -> float: # Milliseconds
     "Time to read a batch with the Imagenette recipe's loader, without the start of its processes and the decoding into memory"
-    from radam_fastai.recipes.decoded import decoded
     from radam_fastai.recipes.imagenette import get_dls
+    from radam_fastai.recipes.in_memory import decoded
     sync = waiter(device)
     with TemporaryDirectory() as tmp:
         train,valid = write_photos(Path(tmp), 10*-(-bs*n//10))

@@ -37,7 +37,7 @@ from torch import nn
 
 from .cli import RANGES, Flag, check, check_out, check_ranges, command, expanded, is_main
 from .data import ItemSeedDL, ReadableImageBlock, balanced, digest, download, find_folder, split_files
-from .decoded import Decoded, DecodedDL, decoded
+from .in_memory import Decoded, DecodedDL, decoded
 from .jobs import Run, run_job, show_plan
 from .optims import OPTION
 from .parallel import Engine
