@@ -43,6 +43,7 @@ def run_page(optimizers):
 def results(): return [run_page(o) for o in ({}, instead_of, another)]
 
 @pytest.mark.slow
+@pytest.mark.xdist_group('forum') # or each worker would run the page
 @pytest.mark.parametrize('title', RECIPES)
 def test_same_losses(title, results):
     if title not in results[0]: pytest.skip('lightning is not installed')

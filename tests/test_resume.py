@@ -131,7 +131,7 @@ def uninterrupted(tmp_path_factory):
 def whole(jobs_to_kill, uninterrupted): return uninterrupted('digits', small_job)
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name,n_kills', [('digits', 200 if FULL else 20), ('images', 50 if FULL else 5)])
+@pytest.mark.parametrize('name,n_kills', [('digits', 200 if FULL else 10), ('images', 50 if FULL else 5)])
 def test_killed_at_random_moments(jobs_to_kill, uninterrupted, tmp_path, name, n_kills):
     "Again and again, at most four times a job; then it ends as the uninterrupted one"
     job,rng,kills = jobs_to_kill[name],random.Random(name),0
