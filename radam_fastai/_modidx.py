@@ -1075,6 +1075,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'radam_fastai/recipes/report.py'),
                                              'radam_fastai.recipes.report._printable': ( 'recipes.report.html#_printable',
                                                                                          'radam_fastai/recipes/report.py'),
+                                             'radam_fastai.recipes.report.accuracy_error': ( 'recipes.report.html#accuracy_error',
+                                                                                             'radam_fastai/recipes/report.py'),
                                              'radam_fastai.recipes.report.compare': ( 'recipes.report.html#compare',
                                                                                       'radam_fastai/recipes/report.py'),
                                              'radam_fastai.recipes.report.conditions': ( 'recipes.report.html#conditions',

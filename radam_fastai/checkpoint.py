@@ -1,4 +1,4 @@
-"""One reading of the states that fastai's, PyTorch's and the RAdam authors' optimizers save, and an error that says what does not fit
+"""One reading of the states that fastai, PyTorch and RAdam's authors save, with errors that say what does not fit
 
 Adam and RAdam keep the same three things per parameter: two running averages and a step count. So a run can go on under RAdam from the
 checkpoint of any of them, if it is read correctly: fastai and PyTorch lay their states out differently, and an average must have the

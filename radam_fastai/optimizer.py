@@ -1,4 +1,4 @@
-"""RAdam and Ranger for `Learner(..., opt_func=...)`: fastai's signatures, states and numbers, at the speed of a fused kernel
+"""RAdam and Ranger for a `Learner`: fastai's signatures, states and numbers, at the speed of a fused kernel
 
 `RAdam` and `Ranger` take the place of `fastai.optimizer.RAdam` and `ranger` in any `Learner`. They accept the same arguments, keep the
 same state under the same names, read the same checkpoints, and agree to rounding. What differs is what happens in a step: the parameters

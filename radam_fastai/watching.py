@@ -1,4 +1,4 @@
-"""What the recorders, the guard and the loggers share: when an update is over, when not to look, and what to do if looking fails
+"""For callbacks that watch: when an update is over, when not to look, and what to do if looking fails
 
 A callback that only watches has three questions to answer. Did the optimizer really step? Is this fit worth recording? What happens to
 the fit if the callback fails? The answers are here, so that every such callback gives the same."""

@@ -120,7 +120,7 @@ def test_sgd_is_the_debiased_average(device):
 @pytest.mark.parametrize('grads', [torch.channels_last, torch.contiguous_format], ids=['grads too', 'grads row by row'])
 @pytest.mark.parametrize('name', ['RAdam', 'Ranger', 'torch'])
 def test_channels_last(name, grads, device):
-    "Weights that turn to channels last after three of twenty steps, those of the momentum phase"
+    "Weights that turn to channels last after three steps, in the momentum phase; sixteen follow"
     def go(order, grads):
         w = nn.Parameter(numbers(0, torch.float32, device)[2])
         opt = OURS[name]([w])

@@ -197,8 +197,8 @@ def test_summary_against_numpy():
     assert df.published[0] == '0.7000 ± 0.1000 (20 runs)'
 
 @pytest.mark.parametrize('vals,pub,text',
-                         [([.7], dict(mean=.8, std=.1, runs=5), '-0.1000, from one run'), ([.7,.7], dict(mean=.7), '+0.0000'),
-    ([.7,.9], dict(mean=.7), '+0.1000, 1.0 standard errors of ours'),
+                         [([.7], dict(mean=.8, std=.1, runs=5), '-0.1000, from one run'), ([.5,.5,.5], dict(mean=.5), '+0.0000'),
+    ([.7,.9], dict(mean=.7, std=.1, runs=5), '+0.1000, from two runs'), ([.7,.8,.9], dict(mean=.7), '+0.1000, 1.7 standard errors of ours'),
     ([.7,.9], dict(mean=.7, unlike='other data'), 'not to be compared: other data')])
 def test_compare(vals, pub, text): assert compare(vals, pub) == text
 

@@ -1,4 +1,4 @@
-"""Text and language models for two experiments: an AWD-LSTM, and a transformer trained without a warm-up
+"""Two experiments on text: an AWD-LSTM, and a transformer trained without a warm-up
 
 Two experiments of Liu et al. (arXiv:1908.03265) are about text. `language` trains a recurrent network, here fastai's AWD-LSTM, with Adam
 and with RAdam. `adam-2k` trains a transformer without a warm-up. There Adam fails in its first updates, they found, unless its second

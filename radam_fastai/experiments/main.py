@@ -1,4 +1,4 @@
-"""`radam-experiment NAME`: each claim about RAdam as one command, with its alternatives beside it and several seeds
+"""`radam-experiment NAME`: each claim about RAdam as one command, beside its alternatives
 
 Six questions, each with its runs, its tables and its figures. `small` takes under twenty minutes on two CPU cores; `paper` has the sizes
 of the papers and needs a GPU. `--path` names the folder of the data. Without it, scikit-learn's digits or generated text take their

@@ -1,4 +1,4 @@
-"""An experiment as data: a question, the optimizers and learning rates to compare, and the tables and figures that answer it
+"""A question, the runs that answer it, and the tables and figures that show the answer
 
 One learning rate and one seed cannot show that an optimizer is better. An `Experiment` trains every contender at every learning rate,
 with the same seeds for all and everything else equal. Its runs are a [job](36_recipes.jobs.ipynb): they are recorded, can be resumed,

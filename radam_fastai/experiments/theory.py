@@ -1,4 +1,4 @@
-"""Where RAdam comes from and where it ends: the variance that it tames, and the β2 up to which it stays momentum SGD
+"""The variance that RAdam tames, and the β2 up to which it stays momentum SGD
 
 Two experiments ask about the rectifier itself, not about which optimizer wins. `variance` compares three variances of Adam's adaptive
 learning rate: in theory, for simulated normal gradients, and in a training run. `degenerate` shows what the article only says: with a

@@ -1,4 +1,4 @@
-"""Archives and folders that are checked before they are used, and augmentation that does not depend on which process reads an image
+"""Archives and folders that are checked before use, and crops that do not depend on who reads an image
 
 Problems with data are found before training where that is cheap: a missing folder, a damaged archive. Others are named when they occur:
 one image of thousands that cannot be read. The record says where the data is from, how many items there are, and gives a digest of their

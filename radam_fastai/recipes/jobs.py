@@ -1,4 +1,4 @@
-"""One runner for all recipes: runs with records, checkpoints after every epoch, and a job that can be killed at any moment
+"""One runner for all recipes: records, checkpoints, and a job that can be killed at any moment
 
 A job is a list of runs. `run_job` trains them into a folder, one after the other or [many at once](42_recipes.parallel.ipynb), leaves a
 record, a table of steps and a figure of each, and a report on all. Killed at any moment and started again with `--resume`, it repeats no

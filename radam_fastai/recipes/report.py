@@ -79,10 +79,18 @@ def compare(
     "How far the mean of `vals` is from the published one, in standard errors of the difference (Welch's)"
     if published.get('unlike'): return f"not to be compared: {published['unlike']}"
     diff,n,std = np.mean(vals)-published['mean'],published.get('runs'),published.get('std')
-    if len(vals) == 1: return f'{diff:+.4f}, from one run'
+    if len(vals) < 3: return f"{diff:+.4f}, from {['one run','two runs'][len(vals)-1]}" # too few for an error of their own
     known = bool(std and n)
     error = np.sqrt(np.var(vals, ddof=1)/len(vals) + (std**2/n if known else 0))
     return f'{diff:+.4f}, {abs(diff)/error:.1f} standard errors{"" if known else " of ours"}' if error else f'{diff:+.4f}'
+
+def accuracy_error(
+    accuracy:float, # Share of images that are classified right
+    n_images:int, # Images that validate
+    n_runs:int=1, # Runs of which `accuracy` is the mean
+) -> float:
+    "Standard error of an accuracy, from the number of images alone (binomial): runs on the same images differ less"
+    return (accuracy*(1-accuracy)/n_images/n_runs)**.5
 
 # %% ../../nbs/35_recipes.report.ipynb #5e7fd097
 def summary(
