@@ -54,6 +54,6 @@ Modules:
 - `radam_fastai.schedule_free`: `schedulefree.RAdamScheduleFree` in a `Learner`: no warm-up, no schedule, no length to fix in advance
 - `radam_fastai.torch_optim`: The same update as a `torch.optim.Optimizer`, and an `OptimWrapper` that brings it to a `Learner`
 - `radam_fastai.warmup`: For Learners that were exported when the baselines and the advisor were one module
-- `radam_fastai.watching`: For callbacks that watch: when an update is over, when not to look, and what to do if looking fails"""
+- `radam_fastai.watching`: For callbacks that watch: when to begin, when an update is over, and what to do if looking fails"""
 
 __version__ = "0.1.0"

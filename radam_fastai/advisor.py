@@ -21,7 +21,6 @@ from numbers import Real
 
 import numpy as np
 import torch
-from fastai.callback.core import Callback
 from fastai.callback.schedule import Learner, ParamScheduler, combined_cos
 from fastai.callback.training import GradientAccumulation
 from fastai.torch_core import rank_distrib
@@ -29,7 +28,7 @@ from fastai.torch_core import rank_distrib
 from .introspect import Rectifier, find_rectifier, no_rectifier, read, updates_made
 from .plot import plot_warmup
 from .rectify import check_sqr_mom, rectification, rho_inf
-from .watching import in_finder
+from .watching import _Watcher
 
 # %% ../nbs/13_advisor.ipynb #08ce8683
 SCHEDULES = dict(constant=lambda pct: 1., flat_cos=combined_cos(.75, 1., 1., 1e-5), one_cycle=combined_cos(.25, 1/25, 1., 1e-5))
@@ -58,7 +57,6 @@ def steps_to(
     step = 1 + bisect_right(range(1, never), share, key=lambda t: how.lr_factor(t, sqr_mom) or 0.)
     return None if step >= never else step
 
-def _share(r): return f'{r:.3f}' if r else 'momentum'
 def _when(step): return 'never' if step is None else f'update {step:,}'
 
 # %% ../nbs/13_advisor.ipynb #4346ceae
@@ -72,6 +70,7 @@ class _Facts:
     first_adaptive:int|None # Update with the first r_t, counted over all runs; `None` if there is none
     steps_to_full:int|None # First update with r_t above .9, likewise
     advice:list # Sentences; empty if there is nothing to do
+    sgd_phase:str='momentum' # What an update without an r_t is, as in `Rectifier`
 
     def __post_init__(self): self.r = np.nan_to_num(self.rect)
     @property
@@ -85,14 +84,18 @@ class _Facts:
 # %% ../nbs/13_advisor.ipynb #b296e901
 def _advice(how, sqr_mom, rect, schedule, start):
     last,end,peak = np.nan_to_num(rect[-1]),start+len(rect),0 if schedule is None else int(schedule.argmax())
-    if steps_to(how, sqr_mom, 0.) is None:
-        yield (f"sqr_mom={sqr_mom:g} never rectifies (rho_inf is {rho_inf(sqr_mom):.3g}): this is momentum SGD for ever. "
-               "Use a larger sqr_mom, such as .99, or a learning rate meant for SGD.")
+    momentum,first = how.sgd_phase == 'momentum',steps_to(how, sqr_mom, 0.)
+    waits = "every update is momentum SGD's" if momentum else 'no update moves the weights'
+    if first is None and steps_to(how, .999, 0.) is None: yield f'This optimizer never rectifies: {waits}.'
+    elif first is None:
+        yield (f'sqr_mom={sqr_mom:g} never rectifies (rho_inf is {rho_inf(sqr_mom):.3g}): {waits}. '
+               f"Use a larger sqr_mom, such as .99{', or a learning rate meant for SGD'*momentum}.")
     elif last <= FULL:
         fits = [b for b in (.999, .99, .9) if b < sqr_mom and (steps_to(how, b, FULL) or math.inf) <= end/2]
         change = f"sqr_mom={fits[0]:g} (above {FULL} from {_when(steps_to(how, fits[0], FULL))} on) or " if fits else ""
-        least = "no adaptive update takes the whole of the learning rate that you set" if last else "every update is momentum SGD's"
-        yield f"r_t is still {last:.2f} when the run ends: {least}. Use {change}a longer run."
+        why = (f'r_t is still {last:.2f} when the run ends: no adaptive update takes the whole of the learning rate that you set' if last
+               else f'The run ends before its first adaptive update ({_when(first)}): {waits}')
+        yield f'{why}. Use {change}a longer run.'
     if peak and schedule[0] < FULL and not rect[0] > FULL:
         share = np.nan_to_num(schedule*rect)[:peak].mean()
         yield (f"The schedule warms up over {peak:,} updates while the rectifier does: together they leave {share:.2f} "
@@ -115,9 +118,10 @@ class WarmupReport(_Facts):
     "What a rectifier makes of the learning rate over a run: as text, and as a figure"
     def __repr__(self):
         head = f"rectifier with sqr_mom={self.sqr_mom:g} over {self.n_steps:,} updates" + f" (after {self.start:,})"*bool(self.start)
+        def share(r): return f'{r:.3f}' if r else self.sgd_phase
         rows = {'first adaptive update': _when(self.first_adaptive), f'r_t above {FULL} from': _when(self.steps_to_full),
-                'r_t at 10 % of the run': _share(self.at(.1)), 'r_t at 50 % of the run': _share(self.at(.5)),
-                'mean r_t': f'{self.mean:.3f}, over the adaptive updates {self.adaptive_mean:.3f}' if self.r.any() else 'momentum'}
+                'r_t at 10 % of the run': share(self.at(.1)), 'r_t at 50 % of the run': share(self.at(.5)),
+                'mean r_t': share(self.mean) + f', over the adaptive updates {self.adaptive_mean:.3f}'*bool(self.mean)}
         return '\n'.join([head, *(f'  {k:<24}{v}' for k,v in rows.items()), *(f'  → {o}' for o in self.advice)])
 
     def plot(self,
@@ -138,21 +142,18 @@ def warmup_report(
     how,sqr_mom = _as_rectifier(opt)
     shape = None if schedule is None else schedule_shape(schedule, n_steps)
     rect = np.array([math.nan if r is None else r for r in (how.lr_factor(t, sqr_mom) for t in range(start+1, start+1+n_steps))])
-    full = steps_to(how, sqr_mom, FULL)
-    return WarmupReport(sqr_mom, start, rect, shape, steps_to(how, sqr_mom, 0.), full, list(_advice(how, sqr_mom, rect, shape, start)))
+    first,full = (steps_to(how, sqr_mom, share) for share in (0., FULL))
+    return WarmupReport(sqr_mom, start, rect, shape, first, full, list(_advice(how, sqr_mom, rect, shape, start)), how.sgd_phase)
 
 # %% ../nbs/13_advisor.ipynb #be85cff0
 _WHEN_FROZEN = ("Part of the model is frozen. Unfreezing clears the optimizer's state, so the rectifier starts again, "
-                "in fine_tune together with a second one-cycle warm-up: a short fine_tune wants about three times Adam's learning rate, "
-                "or fit_flat_cos after unfreezing.")
+                "in fine_tune together with a second one-cycle warm-up: a short fine_tune wants a higher learning rate than fastai's "
+                "default, such as 6e-3, or fit_flat_cos after unfreezing.")
 
-class WarmupAdvisor(Callback):
+class WarmupAdvisor(_Watcher):
     "Before each fit, say what the rectifier will make of its learning rate"
-    run_valid = False
-    def before_fit(self): self.said = bool(rank_distrib())
-    def before_train(self):
-        if self.said or in_finder(self.learn): return
-        self.said = True
+    def begin(self):
+        if rank_distrib(): return
         if find_rectifier(self.opt): print(self._report())
         else: print(f"WarmupAdvisor: {no_rectifier(self.opt)}, nothing to advise")
 
@@ -162,9 +163,12 @@ class WarmupAdvisor(Callback):
         return report
 
     def _schedule(self):
-        return next((cb.scheds['lr'] for cb in self.learn.cbs if isinstance(cb, ParamScheduler) and 'lr' in cb.scheds), None)
+        "The learning rate over the epochs that are trained; `None` if it is constant"
+        f = next((cb.scheds['lr'] for cb in self.learn.cbs if isinstance(cb, ParamScheduler) and 'lr' in cb.scheds), None)
+        skipped = self.epoch/self.n_epoch
+        return f and (lambda pct: f(skipped + (1-skipped)*pct))
 
     def _n_steps(self):
-        "Batches of the fit, or as many as gradients are accumulated over"
+        "Updates of the epochs that are trained: one a batch, or fewer if gradients are accumulated"
         n_acc = next((cb.n_acc for cb in self.learn.cbs if isinstance(cb, GradientAccumulation)), 0)
-        return max(1, self.n_epoch*len(self.dls.train) // max(1, math.ceil(n_acc/(self.dls.train.bs or 1))))
+        return max(1, (self.n_epoch-self.epoch)*len(self.dls.train) // max(1, math.ceil(n_acc/(self.dls.train.bs or 1))))

@@ -31,7 +31,7 @@ from torch import nn
 from .introspect import innermost, state_of
 from .plot import new_axes, plot_gradient_heatmap, plot_gradient_ridge, plot_lr_variance
 from .rectify import adaptive_lr_variance, rho
-from .watching import _sit_out, _StepWatcher, check_positive_int, in_finder
+from .watching import _sit_out, _StepWatcher, check_positive_int
 
 # %% ../nbs/12_gradients.ipynb #048028da
 def layer_parameters(
@@ -86,17 +86,12 @@ class _Sampled(_StepWatcher):
 # %% ../nbs/12_gradients.ipynb #bba79f51
 class UpdateCallback(_Sampled):
     "What both recorders share: when to prepare, when to look, and what happens if that fails"
-    def before_fit(self):
-        super().before_fit()
-        self.on = False
-
-    def before_train(self):
-        if self.on or in_finder(self.learn): return
-        ps,self.on = layer_parameters(get_model(self.model), self.layers),True
+    def begin(self):
+        ps = layer_parameters(get_model(self.model), self.layers)
         self.attempt(lambda: self.prepare(ps))
 
     def stepped(self):
-        if not self.on or self.skipped: return
+        if not self.begun or self.skipped: return
         self.updates += 1
         self.attempt(self.after_update)
 
@@ -160,7 +155,7 @@ class _Histograms(UpdateCallback):
 
     def before_step(self):
         super().before_step()
-        if not (self.on and self.under_way): return
+        if not (self.begun and self.under_way): return
         if self.updates+1 in self.steps if self.steps else (self.updates+1)%self.every == 0: self.attempt(self.look)
 
     def look(self): self.pending = self.measure()

@@ -145,9 +145,8 @@ class _Saver(_Undo):
 
     @property
     def _path(self): return self.learn.path/self.model_dir/f'{self.file}.pth'
-    def before_fit(self):
-        super().before_fit()
-        if self.run and self.file is not None and rank_distrib() == 0: check_writable(self._path)
+    def begin(self):
+        if self.file is not None and rank_distrib() == 0: check_writable(self._path)
 
     def _save(self):
         "Save what is sound: the outcome, as a sentence"
@@ -179,7 +178,9 @@ class StopOnNonFinite(_Saver):
     def before_fit(self):
         super().before_fit()
         self.n_skipped = 0
-    def before_train(self): self.stopped = None
+    def begin(self):
+        super().begin()
+        self.stopped = None
     def before_step(self):
         self.n_skipped = 0
         self._check([p.grad for p in self.model.parameters() if p.grad is not None])

@@ -21,7 +21,7 @@ from fastai.callback import core
 from fastai.callback.core import Callback
 
 from .recorder import PUBLISHED, RectifierRecorder
-from .watching import _sit_out
+from .watching import _sit_out, _Watcher
 
 # %% ../nbs/11_loggers.ipynb #9b7c66cd
 def _wandb_log():
@@ -30,16 +30,16 @@ def _wandb_log():
     if wandb.run is None: raise ValueError("LogRectifier('wandb') needs a run: call wandb.init() before the fit")
     return wandb.log
 
-class LogRectifier(Callback):
+class LogRectifier(_Watcher):
     "Call a function with what the rectifier did at each update"
-    order,run_valid = RectifierRecorder.order-1,False
+    order = RectifierRecorder.order-1
     def __init__(self,
         log, # Called with a dict of numbers: `epoch` (with its fraction), `rect_0`, `effective_lr_0`, `rect_1`, …; or 'wandb'
     ):
         if not callable(log) and log != 'wandb': raise ValueError(f"log must be a function of a dict or 'wandb', got {log!r}")
         self.log = log
 
-    def before_fit(self):
+    def begin(self):
         if not hasattr(self.learn, 'rectifier'):
             raise ValueError("LogRectifier logs what a RectifierRecorder records: add one to the Learner")
         self.send = _wandb_log() if self.log == 'wandb' else self.log
@@ -54,16 +54,21 @@ _CONTROL = tuple(getattr(core, f'Cancel{o}Exception') for o in 'Backward Batch E
 
 class FailSafe(Callback):
     "Wrap a callback so that its failure ends its own part in a fit, not the fit"
+    _default = 'cb' # attributes are those of the wrapped callback
     def __init__(self,
         cb:Callback, # A logger, or another callback that the run can do without
     ): self.cb,self.order = cb,cb.order
 
+    @property
+    def name(self): return self.cb.name
+
     def __call__(self, event_name):
         self.cb.learn = self.learn
+        if event_name == 'before_fit': self.cb.run = True
         try: self.cb(event_name)
         except _CONTROL: raise
         except Exception as e:
-            if event_name == 'before_fit': raise
+            if event_name == 'before_fit' or event_name == 'before_train' and not self.learn.train_iter: raise # before the first batch
             _sit_out(self.cb, f'{type(self.cb).__name__} failed in {event_name}', e)
 
 # %% ../nbs/11_loggers.ipynb #93b3ff5c

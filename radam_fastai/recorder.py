@@ -83,6 +83,7 @@ class _ShownOpt:
 def _call_showing(learn, rec, event_name):
     "`Learner._call_one`; while callbacks handle the end of a training batch, `learn.opt` shows what `rec` recorded"
     call = partial(type(learn)._call_one, learn, event_name)
+    if event_name == 'before_fit' and rec not in learn.cbs: vars(learn).pop('_call_one', None) # removed after a fit that was interrupted
     if event_name != 'after_batch' or not learn.training or not rec.shown: return call()
     opt,rec.shown,view = learn.opt,{},_ShownOpt(learn.opt, rec.shown)
     learn.opt = view
@@ -95,6 +96,7 @@ class _Publisher(_Rows):
     def before_fit(self):
         super().before_fit()
         self.shown,opt = {},innermost(self.opt)
+        if opt is None: return # a `Learner` that has not trained, or was exported, can still validate and predict
         for h in opt.param_groups if isinstance(opt, torch.optim.Optimizer) else opt.hypers:
             for k in PUBLISHED: h.pop(k, None) # earlier versions of this package left them in checkpoints
         if self.run and self.how: self.learn._call_one = partial(_call_showing, self.learn, self)
@@ -140,10 +142,9 @@ class _Filed(_Publisher):
         super().__init__()
         self.csv,self.saved = csv,0
 
-    def before_fit(self):
-        super().before_fit()
+    def begin(self):
         self.csv_failed = False
-        if self.run and self.csv is not None and rank_distrib() == 0: check_csv(self.path/self.csv, self.columns)
+        if self.csv is not None and rank_distrib() == 0: check_csv(self.path/self.csv, self.columns)
 
     def stepped(self):
         super().stepped()
@@ -192,9 +193,11 @@ class _Tabled(_Filed):
         names,end = self.recorder.metric_names,len(self.recorder.metric_names) - self.recorder.add_time
         self.recorder.metric_names = names[:end] + [*PUBLISHED] + names[end:]
 
-    def before_train(self):
-        if not self.how and self.epoch_start is None: warnings.warn(f"RectifierRecorder: {_only_hypers(self.opt, self.how)}")
-        self.epoch_start = len(self.data)
+    def begin(self):
+        super().begin()
+        if not self.how: warnings.warn(f"RectifierRecorder: {_only_hypers(self.opt, self.how)}")
+
+    def before_train(self): self.epoch_start = len(self.data)
 
     def after_validate(self):
         if self.epoch_start is None or not self.in_table: return

@@ -35,7 +35,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .checkpoint import keep_flags
 from .functional import check_hypers
-from .optimizer import check_params
+from .optimizer import check_params, fastai_names
 from .torch_optim import RAdamWrapper
 from .watching import in_finder
 
@@ -55,6 +55,7 @@ def _check(group):
 # %% ../nbs/05_schedule_free.ipynb #30482213
 class RAdamScheduleFree(RAdamWrapper):
     "`schedulefree.RAdamScheduleFree` for `Learner(opt_func=...)`; its `Learner` needs the callback `ScheduleFree`"
+    @fastai_names
     def __init__(self,
         params:Tensor|Iterable, # Model parameters, or lists of them (one per group)
         lr:float|slice, # Learning rate, at least 0

@@ -142,13 +142,19 @@ class _WriteThrough(dict):
         return self
 
 # %% ../nbs/04_torch_optim.ipynb #36759727
+_torch_name = {'mom': 'betas', 'sqr_mom': 'betas', 'wd': 'weight_decay', 'decouple_wd': 'decoupled_weight_decay'}
+
 class RAdamWrapper(OptimWrapper):
     "`RAdam` for `Learner(..., opt_func=RAdamWrapper)`, honouring fastai's `do_wd`"
     def __init__(self,
         params=None, # Model parameters, or lists of them; leave out with a built `opt`
-        opt=None, # A `RAdam` already built
+        opt=None, # A `RAdam` already built, or the class
         **kwargs # Arguments of `RAdam`, under torch's names; `lr` may be a slice, as fastai's
     ):
+        if opt is RAdam: opt = None
+        if fastais := [k for k in kwargs if k in _torch_name]:
+            raise TypeError(f"RAdamWrapper has PyTorch's names: for {', '.join(fastais)} use "
+                            f"{', '.join(dict.fromkeys(_torch_name[k] for k in fastais))}")
         if opt is not None and not isinstance(opt, RAdam):
             raise TypeError(f"RAdamWrapper wraps radam_fastai.torch_optim.RAdam (another optimizer would not know `do_wd`), got "
                             f"{type(opt).__name__}")

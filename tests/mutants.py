@@ -117,7 +117,13 @@ mutants = { # name: (module, what is there, what stands there instead)
     'part of a line is written':     ('files', 'with suppress(OSError): f.truncate(size)', 'pass', 'recorder'),
     'rows lost by a full disk':      ('recorder', '    else: self.saved,self.csv_failed = len(self.data),False',
                                       '    finally: self.saved = len(self.data)'),
-    'loggers end the run':           ('loggers', "if event_name == 'before_fit': raise", 'raise'),
+    'loggers end the run':           ('loggers', "and not self.learn.train_iter: raise", 'or True: raise'),
+    'a fit stays sat out':           ('watching', 'self.run,self.begun = True,False', 'self.begun = False', 'recorder'),
+    'validation begins':             ('watching', "if event_name == 'before_train' and self.run",
+                                      "if event_name == 'before_fit' and self.run", 'guard'),
+    'the finder begins':             ('watching', 'not self.begun and not in_finder(self.learn):', 'not self.begun:', 'loggers'),
+    'predictions need an optimizer': ('recorder', '        if opt is None: return', '        pass'),
+    'a removed recorder stays':      ('recorder', "if event_name == 'before_fit' and rec not in learn.cbs:", 'if False:'),
     'fastai signals swallowed':      ('loggers', 'except _CONTROL: raise', 'except ZeroDivisionError: raise'),
     'the axis is what was asked for': ('finder', 'self.now.effective_lr if self.now.adaptive', 'self.now.lr if self.now.adaptive'),
     'the finder forgets the lr':     ('finder', 'if had_opt: learn.opt.set_hypers(**hypers)', 'if had_opt: pass'),
@@ -126,6 +132,8 @@ mutants = { # name: (module, what is there, what stands there instead)
     'v not debiased':                ('gradients', '/ (1-np.asarray(sqr_mom)**t)[:,None]', '/ 1'),
     'advice counts from zero':       ('advisor', 'range(start+1, start+1+n_steps)', 'range(start+2, start+2+n_steps)'),
     'accumulation unknown to advice': ('advisor', '// max(1, math.ceil(n_acc/(self.dls.train.bs or 1)))', ''),
+    'schedule of skipped epochs':    ('advisor', 'f(skipped + (1-skipped)*pct)', 'f(pct)'),
+    'waiting is called momentum':    ('advisor', "momentum,first = how.sgd_phase == 'momentum',", 'momentum,first = True,'),
     'schedule of the first group':   ('advisor', 'np.ravel(f(i/n_steps))[-1]', 'np.ravel(f(i/n_steps))[0]'),
     'silent about two warm-ups':     ('advisor', 'if peak and schedule[0] < FULL', 'if False and schedule[0] < FULL'),
     'hypers do not write through':   ('torch_optim', 'set_item_pg(group, self.bwd_map[k], v)', 'pass'),
@@ -328,6 +336,7 @@ def caught(
     (path,src),(module,_,_,*nearest) = planted(name),mutants[name]
     with tempfile.TemporaryDirectory() as d:
         for o in 'radam_fastai','tests': shutil.copytree(root/o, Path(d)/o, ignore=shutil.ignore_patterns('__pycache__'))
+        (Path(d)/'nbs').symlink_to(root/'nbs') # which some tests read
         (Path(d)/path).write_text(src)
         near = [near_tests.get(module, 'mutated'), 'guard', 'mutated'] if name in unbreakable else [module, *near_by.get(module, [])]
         tests = [f'tests/test_{t}.py' for t in nearest or sorted(modules, key=lambda t: near.index(t) if t in near else len(near))]

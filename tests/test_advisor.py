@@ -14,6 +14,7 @@ from torch import nn
 
 from helpers import Data, plain_rect
 from radam_fastai.advisor import WarmupAdvisor, schedule_shape, steps_to, warmup_report
+from radam_fastai.baselines import Adam2kFn, SGDFn
 from radam_fastai.introspect import find_rectifier
 from radam_fastai.optimizer import RAdam, RAdamFn, Ranger, reference_settings
 from radam_fastai.recorder import RectifierRecorder
@@ -46,14 +47,23 @@ def test_report_reads_the_optimizer(opt, sqr_mom, threshold):
     assert report.sqr_mom == sqr_mom and report.r.tolist() == pytest.approx(rects(50, sqr_mom, threshold))
 
 @pytest.mark.parametrize('sqr_mom, n, schedule, match', [
-    (.5, 1000, None, r'sqr_mom=0.5 never rectifies \(rho_inf is 3\): this is momentum SGD for ever'),
+    (.5, 1000, None, r"sqr_mom=0.5 never rectifies \(rho_inf is 3\): every update is momentum SGD's.*or a learning rate meant for SGD"),
     (2/3, 1000, None, 'never rectifies'),
     (.999, 735, None, r'r_t is still 0.57 when the run ends.*Use sqr_mom=0.99 \(above 0.9 from update 277 on\) or a longer run'),
-    (.99, 5, None, 'r_t is still 0.00'),
+    (.99, 5, None, r"The run ends before its first adaptive update \(update 6\): every update is momentum SGD's. Use .*a longer run"),
     (.99, 735, 'one_cycle', 'warms up over 184 updates while the rectifier does: together they leave 0.35')])
 def test_advice(sqr_mom, n, schedule, match):
     advice = warmup_report(sqr_mom, n, schedule).advice
     assert len(advice) == 1 and re.search(match, advice[0]) and advice[0] in str(warmup_report(sqr_mom, n, schedule))
+
+@pytest.mark.parametrize('opt, match', [
+    (partial(RAdam, sqr_mom=.5, sgd_phase='skip'), r'sqr_mom=0.5 never rectifies .*: no update moves the weights. Use .*such as .99.$'),
+    (Adam2kFn, r'ends before its first adaptive update \(update 2,001\): no update moves the weights'),
+    (SGDFn, r"^This optimizer never rectifies: every update is momentum SGD's.$")], ids=['skip', 'waits', 'SGD'])
+def test_advice_knows_what_an_update_without_a_factor_is(opt, match):
+    report = warmup_report(opt, 735)
+    assert len(report.advice) == 1 and re.search(match, report.advice[0])
+    assert f"mean r_t                {find_rectifier(opt([nn.Parameter(torch.ones(1))], lr=.1)).sgd_phase}" in str(report)
 
 def test_double_warmup_in_numbers():
     "The share that one-cycle and r_t leave together, from both written out"
@@ -125,6 +135,12 @@ def test_advisor_knows_the_schedule(capsys):
     out,ws = said(capsys, lambda: learn.fit_one_cycle(4, .01))
     assert ws == [] and out.count('warms up over 16 updates') == 1 # printed, and not said again as a warning
     assert '→' not in said(capsys, lambda: get_learner(partial(RAdam, sqr_mom=.9)).fit_flat_cos(4, .01))[0]
+
+def test_advisor_leaves_out_the_epochs_that_are_skipped(capsys):
+    learn = get_learner(partial(RAdam, sqr_mom=.9))
+    out,_ = said(capsys, lambda: learn.fit_one_cycle(4, .01, pct_start=.75, start_epoch=2))
+    df = learn.rectifier.to_frame()
+    assert len(df) == 32 and 'over 32 updates' in out and f'warms up over {df.lr.idxmax()} updates' in out
 
 def test_advisor_goes_on_from_the_last_fit_and_speaks_once_a_fit(capsys):
     learn = get_learner(RAdam)

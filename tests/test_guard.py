@@ -40,6 +40,20 @@ def make(tmp_path, opt='RAdam', *cbs, dtype=f32, **kw):
 
 def held(learn): return copy.deepcopy((dict(learn.model.state_dict()), learn.opt.state_dict()))
 
+@pytest.mark.parametrize('error', [KeyboardInterrupt, RuntimeError])
+def test_a_fit_after_an_interrupted_finder_is_guarded(tmp_path, error):
+    learn = make(tmp_path, 'RAdam', guard := StopOnNonFinite())
+    def interrupt(learn): raise error('out of memory')
+    def spoil(learn): learn.loss_grad = learn.loss*math.nan
+    with pytest.raises(error), learn.added_cbs(At('before_backward', interrupt)): learn.lr_find(show_plot=False, num_it=10)
+    with pytest.warns(UserWarning, match='StopOnNonFinite'): learn.fit(1, .02, cbs=At('before_backward', spoil, [2]))
+    assert guard.stopped and all(p.isfinite().all() for p in weights(learn))
+
+def test_validation_makes_no_folder(tmp_path):
+    learn = make(tmp_path, 'RAdam', StopOnNonFinite('good'))
+    learn.validate()
+    assert not list(tmp_path.iterdir())
+
 class StopBefore(Callback):
     "End the fit before batch `n`"
     def __init__(self, n): self.n = n

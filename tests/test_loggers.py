@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from fastai.basics import Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelTrainException, load_learner
-from fastai.callback.all import ShortEpochCallback
+from fastai.callback.all import CSVLogger, ShortEpochCallback
 
-from helpers import Raise, SkipAt, means, opts, recorded_learner, state_of, unchanged_by_a_failing_fit
+from helpers import At, Raise, SkipAt, means, opts, recorded_learner, state_of, unchanged_by_a_failing_fit
 from radam_fastai import loggers
 from radam_fastai.guard import load_strict
 from radam_fastai.introspect import updates_made
@@ -265,6 +265,32 @@ def test_keep_going():
     assert len(learn.rectifier.to_frame()) == 32 and cb.n == 5
     learn.fit(1, .01)
     assert cb.n == 5+8+1 # training and validation batches of the next fit
+
+def test_only_a_fit_needs_a_tracker(wandb):
+    "Validation, predictions and the learning rate finder log nothing"
+    learn = recorded_learner(RAdam, cbs=[LogRectifier('wandb')])
+    wandb.run = None
+    learn.validate()
+    learn.get_preds()
+    learn.lr_find(show_plot=False, num_it=10)
+    assert wandb.rows == []
+    with pytest.raises(ValueError, match='call wandb.init'): learn.fit(1, .01)
+
+def test_a_wrapped_callback_is_where_it_would_be(tmp_path):
+    learn = recorded_learner(RAdam, path=tmp_path, cbs=[FailSafe(CSVLogger())])
+    learn.fit(1, .01)
+    assert len(learn.csv_logger.read_log()) == 1
+    learn.remove_cb(learn.csv_logger)
+    assert not hasattr(learn, 'csv_logger')
+
+def test_a_failed_callback_takes_part_in_the_fit_after_an_interrupted_one():
+    learn = recorded_learner(RAdam)
+    def interrupt(learn): raise KeyboardInterrupt
+    learn.add_cb(FailSafe(cb := Fragile('after_batch', 5)))
+    with pytest.warns(UserWarning, match='Fragile failed'), pytest.raises(KeyboardInterrupt):
+        learn.fit(2, .01, cbs=At('after_train', interrupt))
+    learn.fit(1, .01)
+    assert cb.n == 5+8+1
 
 def test_keep_going_does_not_hide_errors_before_the_first_batch_nor_fastais_signals():
     learn = recorded_learner(RAdam)

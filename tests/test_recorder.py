@@ -17,7 +17,7 @@ from fastai.basics import Callback, DataLoaders, OptimWrapper, load_learner
 from fastai.callback.all import CSVLogger, GradientAccumulation
 from torch import nn
 
-from helpers import Data, SkipAt, means, opts, plain_rect, recorded_learner, stable, unchanged_by_a_failing_fit
+from helpers import At, Data, SkipAt, means, opts, plain_rect, recorded_learner, stable, unchanged_by_a_failing_fit
 from radam_fastai import recorder
 from radam_fastai.finder import rectified_lr_find
 from radam_fastai.introspect import find_rectifier, param_counts, step_counts, updates_made
@@ -223,6 +223,39 @@ def test_export_and_csv(tmp_path):
     learn.export('l.pkl')
     again = load_learner(tmp_path/'l.pkl')
     pd.testing.assert_frame_equal(again.rectifier.to_frame(), learn.rectifier.to_frame())
+
+def test_validation_without_an_optimizer(tmp_path):
+    "Before the first fit and after an export there is none, and what validates opens no file"
+    def look(learn):
+        assert learn.get_preds()[0].shape == learn.get_preds()[1].shape == (4, 2)
+        assert learn.validate() == [torch.nn.MSELoss()(*learn.get_preds()).item()]
+    learn = recorded_learner(RAdam, path=tmp_path)
+    learn.rectifier.csv = 'r.csv'
+    look(learn)
+    assert not (tmp_path/'r.csv').exists()
+    learn.fit(1, .01)
+    learn.logger = print
+    learn.export('l.pkl')
+    again = load_learner(tmp_path/'l.pkl')
+    assert again.opt is None
+    again.dls = learn.dls
+    look(again)
+
+@pytest.mark.parametrize('error', [KeyboardInterrupt, RuntimeError])
+def test_a_fit_after_an_interrupted_finder_is_recorded(error):
+    def interrupt(learn): raise error('out of memory')
+    learn = recorded_learner(RAdam)
+    with pytest.raises(error), learn.added_cbs(At('before_backward', interrupt)): learn.lr_find(show_plot=False, num_it=10)
+    learn.fit(1, .01)
+    assert learn.rectifier.to_frame().step.tolist()[-1] == 8
+
+def test_a_recorder_that_was_removed_leaves_nothing():
+    def interrupt(learn): raise KeyboardInterrupt
+    learn = recorded_learner(RAdam)
+    with pytest.raises(KeyboardInterrupt): learn.fit(1, .01, cbs=At('before_backward', interrupt))
+    learn.remove_cb(RectifierRecorder)
+    learn.fit(1, .01)
+    assert '_call_one' not in vars(learn)
 
 @pytest.mark.parametrize('opt', [fo.Adam, fo.SGD])
 def test_other_optimizers_are_told_what_is_recorded(opt):

@@ -336,6 +336,7 @@ def test_without_the_callback():
 
 def test_with_another_optimizer():
     with pytest.raises(TypeError, match="this Learner's optimizer is RAdam"): get_learner(RAdamFn).fit(1)
+    with pytest.raises(TypeError, match='for betas use mom and sqr_mom'): RAdamScheduleFreeFn([torch.ones(1)], lr=.1, betas=(.9, .99))
 
 def test_without_the_package(monkeypatch):
     monkeypatch.setattr('radam_fastai.schedule_free.find_spec', lambda _: None)

@@ -54,6 +54,17 @@ def test_wrapper_of_a_built_optimizer():
     close(torch_run(ps, opt, range(12)), torch_run(*torch_build(Torch), range(12)))
     with pytest.raises(ValueError, match='built'): RAdamWrapper(fresh(), opt=base)
 
+def test_wrapper_of_the_class():
+    "As fastai's `OptimWrapper` takes a class"
+    ps = fresh()
+    opt = RAdamWrapper(ps, opt=RAdam, **TORCH_HYPERS)
+    close(torch_run(ps, opt, range(12)), torch_run(*torch_build(Torch), range(12)))
+
+@pytest.mark.parametrize('kw, hint', [(dict(mom=.95), 'for mom use betas'), (dict(mom=.95, sqr_mom=.9), 'for mom, sqr_mom use betas'),
+                                      (dict(wd=.1, decouple_wd=True), 'for wd, decouple_wd use weight_decay, decoupled_weight_decay')])
+def test_wrapper_names(kw, hint):
+    with pytest.raises(TypeError, match=hint): RAdamWrapper(fresh(), lr=.1, **kw)
+
 @pytest.mark.parametrize('other', [Torch, torch.optim.AdamW, torch.optim.SGD], ids=lambda o: o.__name__)
 def test_wrapper_refuses_other_optimizers(other):
     with pytest.raises(TypeError, match=f'RAdamWrapper.*{other.__name__}'): RAdamWrapper(opt=other(fresh(), lr=.1))
