@@ -306,10 +306,11 @@ def plot_published(
     fig,axs = plt.subplots(len(splits), 1, figsize=(8, 1.1*len(splits) + .42*len(groups)), height_ratios=[len(rows[s])+1 for s in splits],
                            layout='constrained', squeeze=False)
     for ax,s in zip(axs[:,0], splits):
+        ax.use_sticky_edges = False # room left of a band, too
         for i,rs in enumerate(rows[s].values()): _beside_published(ax, i, rs)
         ax.set(yticks=range(len(rows[s])), yticklabels=rows[s], ylim=(len(rows[s])-.5, -.5), title=f'split {s}')
         ax.spines[['top','right']].set_visible(False)
-    fig.supxlabel('accuracy after the last epoch (points: runs; line and band: published mean ± standard deviation)', fontsize='medium')
+    fig.supxlabel('accuracy after the last epoch (points: our runs; line: published; band: its standard deviation)', fontsize='medium')
     return fig
 
 # %% ../nbs/23_plot.ipynb #c4f03ed6

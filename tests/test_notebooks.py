@@ -1,4 +1,4 @@
-"""The notebooks are the source: the modules and README.md are exactly what they give; modules stand on floors."""
+"""The notebooks are the source: the modules and README.md are exactly what they give; modules import from the layers below."""
 import ast
 import builtins
 import os
@@ -65,7 +65,7 @@ def test_readme_links_exist():
     missing = [l for l in links if '://' not in l and not (root/l).exists()]
     assert not missing, f'README.md links to files that are not there: {missing}: mend nbs/index.ipynb and run `make readme`'
 
-FLOORS = [range(1), [1, *range(20, 30)], range(2, 10), range(10, 20), range(30, 50), range(50, 70), range(90, 100)] # numbers of notebooks
+LAYERS = [range(1), [1, *range(20, 30)], range(2, 10), range(10, 20), range(30, 50), range(50, 70), range(90, 100)] # numbers of notebooks
 modules = {p: int(m[1]) for p in sorted((root/'radam_fastai').rglob('*.py')) # by the number of their notebook
            if (m := re.search(r'File to edit: .*/(\d\d)_', p.read_text()))}
 
@@ -79,9 +79,9 @@ def imported(path):
             if p.with_suffix('.py') in modules: yield p.with_suffix('.py')
 
 @pytest.mark.parametrize('path', modules, ids=lambda p: p.relative_to(root/'radam_fastai').as_posix())
-def test_modules_import_from_floors_below(path):
-    def floor(p): return next(i for i,notebooks in enumerate(FLOORS) if modules[p] in notebooks)
-    def may(p): return floor(p) < floor(path) or floor(p) == floor(path) and p.parent == path.parent
+def test_modules_import_from_layers_below(path):
+    def layer(p): return next(i for i,notebooks in enumerate(LAYERS) if modules[p] in notebooks)
+    def may(p): return layer(p) < layer(path) or layer(p) == layer(path) and p.parent == path.parent
     wrong = [p.name for p in imported(path) if not may(p)]
     assert not wrong, f'{path.name} imports from {wrong}: see "How it is built" in CONTRIBUTING.md'
 

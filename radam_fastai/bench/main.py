@@ -49,24 +49,24 @@ def check_options(
 @command(pos=['what'])
 def main(
     what:str='step', # step (of optimizers), growth (of its cost), callback (in a training step), train (its parts) or gpu (all of them)
-    models:str=None, # step: xresnet18, xresnet50, awd_lstm, small (all); growth: 10x64, … (all); callback, train: xresnet18, xresnet50
-    optims:str=None, # step, growth: what to time beside ours, separated by commas (all; growth: four of them)
-    rounds:int=None, # Timed bursts of each, at least 1; step, growth: of 6 steps (25, 5); callback: of 10 (15); train: of 1 (5)
-    warmup:int=None, # Steps of each before those; step, growth: at least 10 (10); callback, train: at least 1 (3, 1)
-    bs:int=None, # callback, train: images a batch, at least 2 (32, 64)
-    size:int=None, # callback, train: side of the images in pixels, at least 32 (64, 128)
-    compile:Flag=None, # train: compiled networks as well (1)
-    minutes:float=None, # gpu: time for all (8)
+    models:str=None, # step: xresnet18, xresnet50, awd_lstm, small; growth: 10x64, …; callback, train: xresnet18, xresnet50 (default: all)
+    optims:str=None, # step, growth: what to time beside ours, separated by commas (names and default: below)
+    rounds:int=None, # Timed rounds; of 6 steps of each in step and growth, 10 in callback, 1 in train (default: 25, 5, 15, 5)
+    warmup:int=None, # Steps of each before the first round; at least 10 in step and growth (default: 10; callback 3, train 1)
+    bs:int=None, # callback, train: images a batch, at least 2 (default: 32, 64)
+    size:int=None, # callback, train: side of the images in pixels, at least 32 (default: 64, 128)
+    compile:Flag=None, # train: compiled networks as well (default: 1)
+    minutes:float=None, # gpu: minutes for all (default: 8)
     path:Path=None, # gpu: folder of Imagenette, or of its archives; without it no preset is trained
-    quick:Flag=None, # gpu: a small version that takes minutes on a CPU (0)
-    threads:int=None, # CPU threads, from 1 to the number of cores (PyTorch's choice)
-    device:str=None, # cpu, cuda, cuda:0, ... (cuda where there is one, else cpu)
+    quick:Flag=None, # gpu: a small version that takes minutes on a CPU (default: 0)
+    threads:int=None, # CPU threads, from 1 to the number of cores (default: PyTorch's choice)
+    device:str=None, # cpu, cuda, cuda:0, … (default: cuda where there is one, else cpu)
     seed:int=0, # Seed of parameters, gradients and the order within a round
     out:Path=Path('runs/bench'), # Folder for records.jsonl, and a table and a picture of the latest run
 ):
-    """Time one thing beside others, in turn, on one machine
+    """Time optimizers, callbacks or training steps beside each other, in turn, on one machine.
 
-    --optims: ours, ours-ranger, ours-adam, ours-torch, fastai, fastai-adam, fastai-ranger, torch, torch-foreach, torch-adamw-fused,
-    optimi, optimi-foreach, pytorch_optimizer, timm (step: all; growth: ours, torch-adamw-fused, torch-foreach, optimi)"""
+    --optims: ours, ours-ranger, ours-adam, ours-torch, fastai, fastai-adam, fastai-ranger, torch, torch-foreach, torch-adamw-fused, optimi,
+    optimi-foreach, pytorch_optimizer, timm (step: all; growth: ours, torch-adamw-fused, torch-foreach, optimi)"""
     o = check_options(**locals())
     with torch_threads(o.threads): return BENCHES[what].run(o)

@@ -222,7 +222,7 @@ def plot_model(
     rows,floor = rows.sort_values('ms', ascending=False),rows.floor_ms.iloc[0]
     bars = ax.barh(rows.label, rows.ms, color=[OURS if o.startswith('ours') else OTHERS for o in rows.optim])
     ax.axvline(floor, color=FLOOR, ls='--', lw=1.5, label='memory floor')
-    ax.bar_label(bars, [f' {ms:.3g} ms, {r:.2f}×' for ms,r in zip(rows.ms, rows.ratio)], fontsize=8, zorder=3,
+    ax.bar_label(bars, [f' {ms:.3g} ms, {r:.2f}×' for ms,r in zip(rows.ms, rows.ratio)], fontsize=8, zorder=3, padding=3,
                  bbox=dict(facecolor='white', edgecolor='none', pad=.5))
     ax.set(xlim=(0, 1.2*max(rows.ms.max(), floor)), xlabel='median time of one step (ms) and its ratio to ours')
     ax.set_title('{model}: {n_params:,} parameters in {n_tensors:,} tensors'.format(**rows.iloc[0]), loc='left', fontsize=11)

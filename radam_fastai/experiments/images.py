@@ -138,7 +138,7 @@ PAPER = dict(_opt, sched='step', epochs=164, bs=128, size=32, n_items=None, n_va
 
 # %% ../../nbs/51_experiments.images.ipynb #44a3276b
 lr_robustness = Experiment(
-    'Over how wide a range of learning rates does each optimizer come within 1 % of its best?',
+    'Over how wide a range of learning rates does each optimizer come within one point of its best?',
     dict(small=(SMALL, grid(opt=['adam','radam','adam-linear'], lr=[.1,.03,.01,.003,.001]) + grid(opt=['sgd'], lr=[1.,.3,.1,.03])),
          medium=(MEDIUM, grid(opt=['adam','radam','adam-linear'], lr=[.1,.03,.01,.003])),
          paper=(PAPER, grid(opt=['adam','radam','adam-linear'], lr=[.1,.03,.01,.003,.001]) + grid(opt=['sgd'], lr=[1.,.3,.1,.03,.01]))),

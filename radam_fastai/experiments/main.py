@@ -80,19 +80,19 @@ def report_experiments(
 def main(
     name:str=None, # lr-robustness, warmup-lengths, adam-2k, language, variance or degenerate; without a name, they are listed
     budget:str='small', # small: under 20 minutes on two CPU cores; medium (with images): all of CIFAR-10; paper: sizes for a GPU
-    path:Path=None, # Folder of `train` and `test` images, of `train.txt` and `valid.txt`, or of their archive (digits, generated text)
+    path:Path=None, # Folder of `train` and `test` images, `train.txt` and `valid.txt`, or their archive (default: digits, made-up text)
     runs:int=3, # Number of seeds: `seed`, `seed`+1, …
     seed:int=42, # The first seed
     opts:str=None, # Only these of the experiment's optimizers, separated by commas
     lrs:str=None, # Learning rates instead of the experiment's, separated by commas
-    epochs:int=None, # Passes over the data (the budget's)
-    bs:int=None, # Items per batch (the budget's)
-    n_items:int=None, # Training images, or tokens (the budget's)
-    out:Path=None, # Folder for records, figures and checkpoints (runs/NAME)
+    epochs:int=None, # Passes over the data (default: the budget's)
+    bs:int=None, # Items per batch (default: the budget's)
+    n_items:int=None, # Training images, or tokens (default: the budget's)
+    out:Path=None, # Folder for records, figures and checkpoints (default: runs/NAME)
     resume:Flag=False, # Continue the job in `out`; finished runs are not repeated
     anew:Flag=False, # Start again; what is in `out` stays
     keep:Flag=False, # Keep the last checkpoint of each run, which is otherwise deleted
-    jobs:int=None, # Runs at once, each with its share of the cores, or a GPU of its own (1)
+    jobs:int=None, # Runs at once, each with its share of the cores, or a GPU of its own (default: 1)
     cluster:str=None, # Train on workers of ray or dask: those of a cluster, as in ray:ADDRESS, or new ones on this machine
     plan:Flag=False, # Only print what is done, what is left, and how long it takes
     report:Path=None, # Train nothing: report on the records below this folder

@@ -101,8 +101,8 @@ def lines(
     return {name: dict(sorted(at.items(), reverse=True)) for name,at in res.items()}
 
 # %% ../../nbs/50_experiments.sweep.ipynb #e0e4e370
-BETTER = dict(accuracy=(max, lambda v, best: v >= best-.01), # metric: (best of several values, whether one is near the best)
-              perplexity=(min, lambda v, best: v <= best*1.01))
+BETTER = dict(accuracy=(max, lambda v, best: v >= best-.01, 'within one point'), # metric: (best of several, is a value near it?, how near)
+              perplexity=(min, lambda v, best: v <= best*1.01, 'within 1 %'))
 
 def last(
     record:dict, # Record of a run
@@ -146,14 +146,14 @@ def merit_table(
     metric:str='accuracy', # A key of `BETTER`
 ) -> pd.DataFrame: # A row per contender
     "The best of each contender, and the learning rates that come near it"
-    best_of,near = BETTER[metric]
+    best_of,near,within = BETTER[metric]
     means = {name: {lr: np.mean(v) for lr,v in at.items()} for name,at in lines(records, partial(last, metric=metric)).items()}
     top = best_of(m for at in means.values() for m in at.values())
     def row(name, at):
         best = best_of(at.values())
         lr = next(lr for lr,m in at.items() if m == best)
         return {'': name, f'best {metric}': f'{best:.3f}' if metric == 'accuracy' else f'{best:.1f}', 'at lr': f'{lr:g}',
-                'within 1 % of its best': near_range(at, best, near), 'within 1 % of the best of all': near_range(at, top, near)}
+                f'{within} of its best': near_range(at, best, near), f'{within} of the best of all': near_range(at, top, near)}
     return pd.DataFrame([row(*o) for o in means.items()])
 
 # %% ../../nbs/50_experiments.sweep.ipynb #c8a68b24

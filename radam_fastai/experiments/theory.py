@@ -102,7 +102,7 @@ def show_degenerate(
     if not by: return {} # nothing to compare with
     def away(r): return np.abs(np.array(r['steps']['loss']) - sgd[r['seed']]).max()
     first = {b: min((t for r in rs if (t := first_difference(r['steps']['loss'], sgd[r['seed']]))), default=None) for b,rs in by.items()}
-    rows = [{'β2': f'{b:.4g}', 'rho_inf': f'{rho_inf(b):.3g}', 'runs': len(rs), 'updates': sum(r['n_steps'] for r in rs),
+    rows = [{'β2': f'{b:.4g}', 'rho_inf': f'{rho_inf(b):.3g}', 'runs': len(rs), 'updates, all runs': sum(r['n_steps'] for r in rs),
              'of them adaptive': sum(sum(r['steps']['adaptive']) for r in rs), 'first different loss': first[b] or 'never',
              'largest difference in loss from momentum SGD': f'{max(map(away, rs)):.3g}'} for b,rs in by.items()]
     return dict(results=pd.DataFrame(rows), degenerate=degenerate_figure(first, max(map(len, sgd.values()))))

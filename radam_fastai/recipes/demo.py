@@ -95,7 +95,7 @@ def main(
     seed:int=42, # The first of three seeds, for weights and batches
     resume:Flag=False, # Continue the job in `out`; finished runs are not repeated
     anew:Flag=False, # Start again; what is in `out` stays
-    jobs:int=None, # Runs at once, each with its share of the cores, or a GPU of its own (1)
+    jobs:int=None, # Runs at once, each with its share of the cores, or a GPU of its own (default: 1)
     cluster:str=None, # Train on workers of ray or dask: those of a cluster, as in ray:ADDRESS, or new ones on this machine
     plan:Flag=False, # Only print what is done, what is left, and how long it takes
 ):
