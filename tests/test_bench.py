@@ -283,7 +283,8 @@ def test_reading_is_timed_on_real_images(monkeypatch):
         seen.append((len(train), len(valid)))
         return get_dls(train, valid, *args, **kwargs)
     monkeypatch.setattr(imagenette, 'get_dls', watch)
-    assert train.reading_ms(32, 8, 0, n=3) > 0 and train.reading_ms(32, 8, None, n=3) > 0 and seen == [(30, 10)]*2
+    for workers in (0, None, 1): assert train.reading_ms(32, 8, workers, n=3) > 0
+    assert seen == [(30, 10), (30, 10), (60, 10)] # 3 batches; with a process, the two that it reads ahead and four
 
 def test_parts_of_a_step_end_with_its_events(monkeypatch):
     "A clock that only callbacks turn: forward 1, backward 2, step 4, release 8"
@@ -376,10 +377,10 @@ def test_gpu_begins_nothing_when_the_time_is_up(parts, tmp_path):
     o = SimpleNamespace(what='gpu', minutes=0, quick=True, path=None, threads=1, device='cpu', seed=0, out=tmp_path)
     assert gpu.run_parts([gpu.Part('late', ['-c', PARTS['late']])], o).status.tolist() == ['not reached'] and not list(tmp_path.iterdir())
 
-def test_a_part_on_the_cpu_sees_no_gpu(monkeypatch, tmp_path):
+def test_a_part_sees_its_gpu_alone(monkeypatch, tmp_path):
     monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '7')
     part = gpu.Part('seen', ['-c', 'import os; print(os.environ["CUDA_VISIBLE_DEVICES"])'])
-    for device,seen in ('cpu', ''), ('cuda', '7'):
+    for device,seen in ('cpu', ''), ('cuda', '7'), ('cuda:0', '7'):
         assert gpu.run_part(part, tmp_path/device, device, 60) == 'done' and (tmp_path/device/'log.txt').read_text() == f'{seen}\n'
 
 def alive(pid):

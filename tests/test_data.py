@@ -34,10 +34,27 @@ def test_archives_become_a_folder(images, tmp_path, monkeypatch):
     for part in 'train','val':
         with tarfile.open(tmp_path/f'imagenette2-160-{part}.tgz', 'w:gz') as t: t.add(images/part, f'imagenette2-160/{part}')
     path,source = imagenette.find_images(tmp_path, 128)
-    assert path == tmp_path/'unpacked'/'imagenette2-160' and source == 'archives imagenette2-160 in a folder'
+    assert path.name == 'imagenette2-160' and path.is_relative_to(tmp_path/'unpacked') and source == 'archives imagenette2-160 in a folder'
     assert digest(sorted(path.rglob('*.jpg')), path) == digest(sorted(images.rglob('*.jpg')), images)
-    (tmp_path/'imagenette2-160-val.tgz').write_bytes(b'gone') # unpacked once, not looked at again
-    assert imagenette.find_images(tmp_path, 128)[0] == path
+    with monkeypatch.context() as m:
+        m.setattr(data, 'check_sum', lambda archive: pytest.fail('it is unpacked again'))
+        assert imagenette.find_images(tmp_path, 128)[0] == path
+
+def test_each_archive_is_unpacked(images, tmp_path, monkeypatch):
+    "Others of the same name are other data, and so is one that has got a second half"
+    monkeypatch.setattr(data, 'UNPACKED', tmp_path/'unpacked')
+    def pack(folder, part):
+        folder.mkdir(exist_ok=True)
+        with tarfile.open(folder/f'imagenette2-160-{part}.tgz', 'w:gz') as t: t.add(images/'val', f'imagenette2-160/{part}')
+    for folder in (a := tmp_path/'a'), (b := tmp_path/'b'): pack(folder, 'train')
+    one,other = (imagenette.find_images(folder, 128)[0] for folder in (a, b))
+    assert one != other and not (one/'val').exists()
+    pack(a, 'val')
+    assert (imagenette.find_images(a, 128)[0]/'val').exists()
+
+def test_a_folder_has_a_name(images, monkeypatch):
+    monkeypatch.chdir(images)
+    assert [imagenette.find_images(p, 128)[0] for p in ('.', 'train/..')] == [images]*2
 
 evil = dict(absolute=info('/tmp/evil.txt'), outside=info('x/../../evil.txt'), device=info('x/dev', type=tarfile.CHRTYPE),
             fifo=info('x/fifo', type=tarfile.FIFOTYPE),

@@ -158,6 +158,8 @@ def test_diverged_runs_are_the_worst(metric):
     rs[1]['epochs'][-1][metric] = float('nan')
     assert sweep_table(rs, metric)['lr 0.1'][0] == 'diverged 1 of 2'
     assert merit_table(rs, metric)['at lr'][0] == '0.01'
+    rs[1]['epochs'][-1].update({metric: .5, 'valid_loss': float('nan')}) # weights of NaN still have an accuracy
+    assert sweep_table(rs, metric)['lr 0.1'][0] == 'diverged 1 of 2'
 
 # The command
 
@@ -166,6 +168,24 @@ few = dict({'lr-robustness':['--opts','radam,sgd','--lrs','.03'], 'warmup-length
             'variance':[], 'degenerate':[],
             'adam-2k':['--opts','radam,adam-2k','--lrs','.001','--n-items','4000'],
             'language':['--opts','radam','--lrs','.01','--n-items','4000']})
+
+def test_degenerate_compares_runs_that_differ_in_the_optimizer_alone():
+    "Two learning rates and two lengths in one folder"
+    def run(opt, lr, n, **o): return dict(rec(opt, lr, 0, .5, epochs=n, **o), n_steps=n, steps=dict(loss=[lr]*n, adaptive=[False]*n))
+    rs = [run(o, lr, n, **b) for lr in (.1,.2) for n in (1,2) for o,b in (('sgd',{}), ('radam',dict(sqr_mom=.5)))]
+    row, = theory.show_degenerate(rs)['results'].to_dict('records')
+    assert (row['runs'], row['first different loss'], row['largest difference in loss from momentum SGD']) == (4, 'never', '0')
+
+def test_variance_keeps_learning_rates_apart():
+    def run(lr): return dict(rec('radam', lr, 0, .5, sqr_mom=.9), notes=dict(variance={k: [lr] for k in cols}))
+    cols = 'step','rho','first_order','exact','normal','pooled','scaled'
+    assert theory.show_variance([run(.1), run(.2)])['results']['β2'].tolist() == ['0.9, lr 0.1', '0.9, lr 0.2']
+
+def test_digits_may_be_fewer(cli, tmp_path):
+    one = ['--opts', 'adam', '--lrs', '.01', '--runs', 1, '--epochs', 1]
+    assert cli('experiment', 'lr-robustness', *one, '--n-items', 100, '--out', tmp_path)[0] == 0
+    r, = read_records(tmp_path/'records.jsonl')
+    assert r['data']['train'] == 100 and r['n_steps'] == 100//32
 
 @pytest.mark.parametrize('name', EXPERIMENTS)
 def test_every_experiment_runs_without_data(cli, tmp_path, name):

@@ -34,7 +34,7 @@ from radam_fastai.all import load_strict
 from radam_fastai.optimizer import RAdam, Ranger, reference_settings
 from radam_fastai.recipes.checkpoint import RECORDED, load_checkpoint, restore_run, run_state, save_checkpoint
 from radam_fastai.recipes.cli import RecipeError
-from radam_fastai.recipes.jobs import Run, begin, finish, plan_run, sitting
+from radam_fastai.recipes.jobs import Run, begin, finish, plan_job, sitting
 from radam_fastai.recipes.records import RunRecorder
 from radam_fastai.torch_optim import RAdam as TorchRAdam, RAdamWrapper
 
@@ -359,7 +359,8 @@ def try_about(state, path, about):
     "Go on from a checkpoint that says something else of its run: it is another run, or its record can be written"
     save_checkpoint(path, state)
     try:
-        _,_,found = plan_run(ASKED, path.parent, {}, True)
+        plan_job([ASKED], path.parent, {}, True)
+        found = load_checkpoint(path)
         json.dumps(finish({**found['about'], 'sittings': [*found['about']['sittings'], sitting(2)]}, *(found[k] for k in RECORDED)),
                    default=str)
     except RecipeError as e:

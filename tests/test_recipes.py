@@ -125,7 +125,17 @@ def test_fast_takes_what_the_machine_has(cli, monkeypatch, images, tmp_path, cap
         assert {k: run.options[k] for k in ('channels_last','bf16','fp16',
                                             'compile')} == dict(channels_last=True, bf16=bf16, fp16=False, compile=False)
         assert '--fast: channels-last' in capsys.readouterr().out
-    assert asked(monkeypatch, images, preset='radam', out=tmp_path, fast=True).options['compile'] # Mish is many small operations
+
+def test_a_compiler_is_needed_to_compile(monkeypatch, images, tmp_path):
+    from torch._inductor import cpp_builder
+    def ask(**kw): return asked(monkeypatch, images, preset='radam', out=tmp_path, **kw).options['compile'] # Mish is many small operations
+    monkeypatch.setattr(cpp_builder, 'get_cpp_compiler', lambda: 'g++')
+    assert ask(fast=True) and ask(compile=True)
+    def none(): raise RuntimeError('no working C++ compiler found')
+    monkeypatch.setattr(cpp_builder, 'get_cpp_compiler', none)
+    assert not ask(fast=True)
+    s,_ = resolve('radam', dict(compile=True, fp16=False))
+    with pytest.raises(OptionError, match=r'--compile: needs a C\+\+ compiler'): imagenette.check_machine(s)
 
 def test_bf16_that_is_imitated_is_said(monkeypatch, images, tmp_path):
     monkeypatch.setattr(precision, 'has_bf16', lambda device: False)

@@ -31,7 +31,7 @@ from radam_fastai.optimizer import RAdamFn, RangerFn
 from radam_fastai.recipes import data, demo, imagenette, jobs
 from radam_fastai.recipes.checkpoint import epoch_seed, load_checkpoint, save_checkpoint
 from radam_fastai.recipes.cli import OptionError, RecipeError
-from radam_fastai.recipes.jobs import Run, run_job
+from radam_fastai.recipes.jobs import Run, run_job, show_plan
 from radam_fastai.recipes.records import read_records
 from radam_fastai.torch_optim import RAdamWrapper
 
@@ -199,7 +199,7 @@ def part(part_once, tmp_path):
 def test_other_options_are_named(part, change, says, finished):
     if finished: one(part, resume=True)
     before = {p.name: p.read_bytes() for p in part.iterdir()}
-    with pytest.raises(OptionError, match=f'radam-0 in .*part was begun with {says}: give'): one(part, **change, resume=True)
+    with pytest.raises(OptionError, match=f'--out .*part: radam-0 was begun with {says}: give'): one(part, **change, resume=True)
     assert {p.name: p.read_bytes() for p in part.iterdir()} == before
 
 def test_without_resume_nothing_is_touched(part):
@@ -209,6 +209,24 @@ def test_without_resume_nothing_is_touched(part):
     assert r['run'] == 'radam-0-2' and (part/'radam-0.pth').read_bytes() == before
     assert one(part)[0]['run'] == 'radam-0-3'
     assert [r['run'] for r in read_records(part/'records.jsonl')] == ['radam-0-2','radam-0-3'] and (part/'radam-0-2.csv').exists()
+
+def test_a_job_that_was_begun_again_and_killed(tmp_path):
+    "It was cut off before its second run, of which an earlier job has another: that one begins"
+    def job(epochs, cbs=None, **kw):
+        def run(seed): return Run(f'a-{seed}', seed, dict(opt='radam', epochs=epochs), lambda: demo.get_learner('radam', 256).add_cbs(cbs),
+                                  lambda l: l.fit_flat_cos(epochs, .01), dict(name='digits'))
+        return [r['run'] for r in run_job([run(0), run(1)], tmp_path, 'demo', **kw)]
+    job(1)
+    with pytest.raises(KeyboardInterrupt): job(2, Stop(7), anew=True)
+    with pytest.raises(OptionError, match='a-0-2 was begun with epochs 2, not 3'): job(3, resume=True)
+    assert job(2, resume=True) == ['a-0-2','a-1-2']
+    assert [r['options']['epochs'] for r in read_records(tmp_path/'records.jsonl')] == [1,1,2,2]
+
+def test_the_plan_of_beginning_again(part, capsys):
+    run = Run('radam-0', 0, dict(opt='radam', lr=.01, epochs=2), None, None, dict(name='digits'))
+    for anew,says in (False, '1 of 2 epochs'), (True, 'radam-0-2'):
+        show_plan([run], part, anew=anew)
+        assert says in capsys.readouterr().out
 
 def test_finished_runs_are_not_repeated(tmp_path, monkeypatch):
     done = one(tmp_path)

@@ -15,11 +15,11 @@ from PIL import Image
 
 from radam_fastai.files import replacing
 from radam_fastai.recipes import demo
-from radam_fastai.recipes.cli import check_ranges
+from radam_fastai.recipes.cli import RecipeError, check_ranges
 from radam_fastai.recipes.jobs import Run, run_job
 from radam_fastai.recipes.optims import OPTIMS, SCHEDS, Optim, Settings, optims
 from radam_fastai.recipes.records import RunRecorder, append_record, read_records, read_runs, rectifier_summary, steps_frame
-from radam_fastai.recipes.report import compare, groups, mean_std, report, summary
+from radam_fastai.recipes.report import compare, conditions, groups, mean_std, report, summary
 from radam_fastai.recorder import RectifierRecorder
 from radam_fastai.rectify import rectification
 
@@ -159,6 +159,13 @@ class SkipAt(Callback):
     def before_step(self):
         if self.train_iter in self.at: raise CancelStepException()
 
+def test_a_run_of_skipped_steps_is_an_error(tmp_path):
+    def skip(): raise CancelStepException
+    def make(): return demo.get_learner('radam', 256).add_cb(Callback(before_step=lambda cb: skip()))
+    run = Run('a', 0, dict(opt='radam'), make, lambda l: l.fit(1), dict(name='digits'))
+    for resume in (False, True):
+        with pytest.raises(RecipeError, match="a: float16's scaler skipped every update"): run_job([run], tmp_path, 'demo', resume)
+
 def test_skipped_steps_are_not_recorded():
     "As in half precision, whose first step often overflows"
     learn,rec = demo.get_learner('radam'),RunRecorder()
@@ -187,6 +194,25 @@ def test_groups_are_by_setting_and_not_by_seed():
     assert list(groups([rec(preset='p', changed=[]), rec(preset='p', changed=['lr'], options=dict(lr=1))])) == ['p', 'a, lr 1']
     other_data = groups([rec(), rec(seed=1, data=dict(name='e', train=1, valid=1))])
     assert len(other_data) == 2 # not averaged, though nothing in their options differs
+
+@pytest.mark.parametrize('change, names', [
+    (dict(options=dict(opt='a', bf16=True)), ['p', 'p, bf16 True']),
+    (dict(options=dict(opt='a', n_items=64)), ['p', 'p, n_items 64']),
+    (dict(data=dict(name='d', train=9, valid=1)), ['p, data train 1', 'p, data train 9']),
+    (dict(recipe='s'), ['p, recipe r', 'p, recipe s']), (dict(options=dict(opt='a', x=None)), ['p (1)', 'p'])])
+def test_no_group_takes_anothers_name(change, names):
+    "The same preset in two ways: both are in the report"
+    recs = [rec(preset='p', changed=[]), {**rec(preset='p', changed=[]), **change}]
+    assert list(groups(recs)) == names and sum(groups(recs).values(), []) == recs
+
+def test_a_renamed_folder_holds_the_same_data():
+    recs = [rec(seed=s, data=dict(name=n, source=n, train=1, valid=1, digest='x')) for s,n in enumerate('de')]
+    assert list(map(len, groups(recs).values())) == [2]
+
+def test_every_machine_of_a_run_is_named():
+    where = dict(began='now', versions=dict(torch='1', fastai='2'))
+    places = [dict(epoch=i, device=dict(name='m', threads=t), **where) for i,t in enumerate((1,4))]
+    assert 'Machine: m, 1 thread, float32; python ?, torch 1, fastai 2; m, 4 threads, float32;' in conditions([rec(sittings=places)])[1]
 
 def test_summary_against_numpy():
     accs = [.71, .75, .70]

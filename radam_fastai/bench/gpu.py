@@ -68,7 +68,7 @@ def bench_parts(
     o:SimpleNamespace, # From `check_options`
 ) -> list: # Of `Part`s
     "The benchmarks"
-    rest = ['--threads', f'{o.threads}', '--device', o.device, '--seed', f'{o.seed}', '--out', '{out}']
+    rest = ['--threads', f'{o.threads}', '--device', o.device.split(':')[0], '--seed', f'{o.seed}', '--out', '{out}']
     return [Part(k, ['-m', 'radam_fastai.bench.main', *line.split(), *rest]) for k,line in (QUICK if o.quick else FULL).items()]
 
 # %% ../../nbs/64_bench.gpu.ipynb #60a8f840
@@ -100,6 +100,15 @@ def signals_raise():
     finally:
         for s,handler in was.items(): signal.signal(s, handler)
 
+def only(
+    device:str, # cpu, cuda, or cuda with a number
+) -> dict: # For the environment
+    "What hides all GPUs but that of `device`"
+    kind,_,i = device.partition(':')
+    if kind == 'cuda' and not i: return {}
+    seen = os.environ.get('CUDA_VISIBLE_DEVICES') or ','.join(map(str, range(int(i or 0)+1)))
+    return dict(CUDA_VISIBLE_DEVICES='' if kind == 'cpu' else seen.split(',')[int(i)])
+
 def run_part(
     part:Part, # To run
     folder:Path, # For what it writes, and `log.txt`; made if missing
@@ -108,7 +117,7 @@ def run_part(
 ) -> str: # 'done', 'failed' or 'cut off'
     "Run `part` in a process of its own"
     folder.mkdir(parents=True, exist_ok=True)
-    env = os.environ | dict(MPLBACKEND='Agg') | (dict(CUDA_VISIBLE_DEVICES='') if device == 'cpu' else {})
+    env = os.environ | dict(MPLBACKEND='Agg') | only(device)
     words = [sys.executable, *(w.replace('{out}', str(folder)) for w in part.words)]
     with signals_raise(),(folder/'log.txt').open('ab') as log:
         proc = subprocess.Popen(words, stdout=log, stderr=log, env=env, start_new_session=True)

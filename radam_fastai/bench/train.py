@@ -124,17 +124,17 @@ def reading_ms(
     bs:int, # Images a batch
     workers:int|None, # Processes that read; `None`: images in memory
     device:str='cpu', # For the batches
-    n:int=6, # Batches
+    n:int=6, # Batches, at least
 ) -> float: # Milliseconds
     "Time to read a batch with the Imagenette recipe's loader, without the start of its processes and the decoding into memory"
     from radam_fastai.recipes.imagenette import get_dls
     from radam_fastai.recipes.in_memory import decoded
-    sync = waiter(device)
+    sync,ahead = waiter(device),1 + 2*(workers or 0) # each process reads two batches ahead
     with TemporaryDirectory() as tmp:
-        train,valid = write_photos(Path(tmp), 10*-(-bs*n//10))
+        train,valid = write_photos(Path(tmp), 10*-(-bs*(ahead + max(n-1, 4*(workers or 0)))//10))
         images = decoded(train+valid, folder=Path(tmp)) if workers is None else None
         batches = iter(get_dls(train, valid, size, bs, workers=workers, images=images).to(device).train)
-        next(batches)
+        for _ in range(ahead): next(batches)
         sync()
         start,count = time.perf_counter(),sum(1 for _ in batches)
         sync()

@@ -85,10 +85,12 @@ class ImageSettings(ExperimentSettings):
 
 def load_images(
     path:Path|None, # As in `load_folder`; `None` for scikit-learn's digits
-    s:ImageSettings, # Their size and number, which digits ignore
+    s:ImageSettings, # Their size, which digits ignore, and number, of which they have 1,437
 ) -> tuple[tuple, dict]: # As from `load_folder`
     "The images of a folder, or scikit-learn's digits"
-    if path is None: loaded,about = digits(),dict(name='scikit-learn digits', size=8, classes=10)
+    if path is None:
+        (x,y),valid = digits()
+        loaded,about = ((x[:s.n_items], y[:s.n_items]), valid),dict(name='scikit-learn digits', size=8, classes=10)
     else: loaded,about = load_folder(Path(path), s.size, s.n_items, s.n_valid)
     if s.bf16: warn_slow_bf16(default_device().type)
     n = len(loaded[0][0])

@@ -111,7 +111,7 @@ def main(
     shared = {**shared, **{k: v for k,v in dict(epochs=epochs, bs=bs, n_items=n_items).items() if v is not None}}
     todo = get_runs(exp, shared, narrowed(cells, opts, lrs), range(seed, seed+runs), path)
     out,shown = out or Path('runs')/name,{}
-    if plan: return show_plan(todo, out, engine)
+    if plan: return show_plan(todo, out, engine, anew)
     def write(*args, **kwargs): shown.update(report_experiments(*args, **kwargs))
     records = run_job(todo, check_out(out), name, resume, keep, write, anew, engine)
     if is_main(): print(*(f'\n{terminal_table(o)}' for o in shown.values() if isinstance(o, pd.DataFrame)), *conditions(records), sep='\n')

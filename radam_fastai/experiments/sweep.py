@@ -109,8 +109,9 @@ def last(
     metric:str, # A key of `BETTER`
 ) -> float: # The worst possible value if the run diverged
     "A metric after the last epoch"
-    v = record['epochs'][-1][metric]
-    return v if np.isfinite(v) else -BETTER[metric][0](-np.inf, np.inf)
+    end = record['epochs'][-1]
+    sound = np.isfinite([end[metric], end.get('valid_loss', 0.)]).all() # weights of NaN still have an accuracy
+    return end[metric] if sound else -BETTER[metric][0](-np.inf, np.inf)
 
 # %% ../../nbs/50_experiments.sweep.ipynb #8c5fa6c3
 def sweep_table(

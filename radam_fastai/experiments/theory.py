@@ -10,6 +10,8 @@ small β2, RAdam is momentum SGD, bit for bit."""
 __all__ = ['variance', 'degenerate']
 
 # %% ../../nbs/53_experiments.theory.ipynb #03001465
+import json
+
 import numpy as np
 import pandas as pd
 from fastcore.basics import groupby
@@ -18,6 +20,7 @@ from .images import SMALL, ImageSettings, image_learner, load_images
 from .sweep import Experiment, grid, label_panels, panels
 from ..gradients import AdaptiveLRVariance
 from ..plot import new_axes, opt_color, plot_lr_variance
+from ..recipes.report import facts
 from ..rectify import rho_inf
 
 # %% ../../nbs/53_experiments.theory.ipynb #e2f773e5
@@ -37,7 +40,7 @@ _one_epoch = {**SMALL, 'epochs':1, 'bs':16}
 def _sqr_mom(record): return record['options']['sqr_mom']
 
 def variance_frame(
-    records:list, # Records of runs of `variance` with the same β2
+    records:list, # Records of runs of `variance` with the same β2 and learning rate
 ) -> pd.DataFrame: # The columns of `AdaptiveLRVariance.to_frame`
     "The mean of what the runs measured"
     frames = [pd.DataFrame(r['notes']['variance'], dtype=float) for r in records]
@@ -47,14 +50,16 @@ def show_variance(
     records:list, # Records of runs of `variance`
 ) -> dict: # File name without its suffix → `DataFrame` or figure
     "The figure of the variances, a panel for each β2, and some of its numbers"
-    frames = {b: variance_frame(rs) for b,rs in sorted(groupby(records, _sqr_mom).items())}
+    by = sorted(groupby(records, lambda r: (_sqr_mom(r), r['options']['lr'])).items())
+    several = len({lr for (_,lr),_ in by}) > 1
+    frames = {f'{b:g}' + f', lr {lr:g}'*several: variance_frame(rs) for (b,lr),rs in by}
     axs = panels(len(frames), 4.5, 4)
     for ax,(b,df) in zip(axs, frames.items()):
-        plot_lr_variance(df, ax).set_title(f'β2 {b:g}')
+        plot_lr_variance(df, ax).set_title(f'β2 {b}')
         ax.get_legend().remove() # one below serves both
     steps = [t for t in (1,5,6,10,20,40,80) if t <= min(map(len, frames.values()))]
     def text(v): return '∞' if np.isnan(v) else f'{v:.3g}'
-    rows = [{'β2': f'{b:g}', 'update': t, 'rho': f'{df.rho[t-1]:.2f}', 'analytic, first order': text(df.first_order[t-1]),
+    rows = [{'β2': b, 'update': t, 'rho': f'{df.rho[t-1]:.2f}', 'analytic, first order': text(df.first_order[t-1]),
              'analytic, exact': text(df.exact[t-1]), 'simulated': f'{df.normal[t-1]:.3g}',
              'measured, one σ for all': f'{df.pooled[t-1]:.3g}', 'measured, each its own σ': f'{df.scaled[t-1]:.3g}'}
             for b,df in frames.items() for t in steps]
@@ -93,15 +98,20 @@ def degenerate_figure(
     return ax.figure
 
 # %% ../../nbs/53_experiments.theory.ipynb #dbbe0d0d
+def _all_but_opt(record):
+    "What a run of RAdam and the run of SGD with the same updates have in common"
+    return json.dumps([record['seed'], {k: v for k,v in facts(record).items() if k not in ('opt','sqr_mom')}])
+
 def show_degenerate(
     records:list, # Records of runs of `degenerate`, with momentum SGD of the same seeds among them
 ) -> dict: # File name without its suffix → `DataFrame` or figure
     "How long RAdam is momentum SGD at each β2, and how far from it after that"
-    sgd = {r['seed']: np.array(r['steps']['loss']) for r in records if r['opt'] == 'sgd'}
-    by = dict(sorted(groupby([r for r in records if r['opt'] == 'radam' and r['seed'] in sgd], _sqr_mom).items()))
+    sgd = {_all_but_opt(r): np.array(r['steps']['loss']) for r in records if r['opt'] == 'sgd'}
+    by = dict(sorted(groupby([r for r in records if r['opt'] == 'radam' and _all_but_opt(r) in sgd], _sqr_mom).items()))
     if not by: return {} # nothing to compare with
-    def away(r): return np.abs(np.array(r['steps']['loss']) - sgd[r['seed']]).max()
-    first = {b: min((t for r in rs if (t := first_difference(r['steps']['loss'], sgd[r['seed']]))), default=None) for b,rs in by.items()}
+    def away(r): return np.abs(np.array(r['steps']['loss']) - sgd[_all_but_opt(r)]).max()
+    def parts(r): return first_difference(r['steps']['loss'], sgd[_all_but_opt(r)])
+    first = {b: min((t for r in rs if (t := parts(r))), default=None) for b,rs in by.items()}
     rows = [{'β2': f'{b:.4g}', 'rho_inf': f'{rho_inf(b):.3g}', 'runs': len(rs), 'updates, all runs': sum(r['n_steps'] for r in rs),
              'of them adaptive': sum(sum(r['steps']['adaptive']) for r in rs), 'first different loss': first[b] or 'never',
              'largest difference in loss from momentum SGD': f'{max(map(away, rs)):.3g}'} for b,rs in by.items()]

@@ -85,13 +85,20 @@ def cache_folder() -> Path:
     "Where unpacked archives and decoded images are kept"
     return expanded('path', UNPACKED)
 
+def fingerprint(
+    files:list, # Paths
+) -> str: # 16 hexadecimal digits
+    "Changes with the places, sizes and times of `files`"
+    about = ''.join(f'{f.absolute()} {(s := f.stat()).st_size} {s.st_mtime_ns}\n' for f in files)
+    return hashlib.sha256(about.encode()).hexdigest()[:16]
+
 def from_archives(
     folder:Path, # Folder that may hold archives
     name:str, # Of the folder in them
 ) -> Path|None: # Folder of the unpacked data; `None` if there are no such archives
     "Unpack `name.tgz`, or `name-train.tgz` and `name-val.tgz`, in `folder`"
     archives = [p for part in ('','-train','-val') if (p := folder/f'{name}{part}.tgz').exists()]
-    return unpack(archives, cache_folder()/name) if archives else None
+    return unpack(archives, cache_folder()/fingerprint(archives)/name) if archives else None
 
 # %% ../../nbs/37_recipes.data.ipynb #315c1acb
 def find_folder(
@@ -102,6 +109,7 @@ def find_folder(
     "Where the data is, unpacked if need be; an `OptionError` if there is no folder `path`"
     path = expanded('path', path)
     check(os.path.isdir(path), f"--path {path}: no such folder; it should hold {' and '.join(holds)}, or archives of {name}")
+    path = Path(os.path.abspath(path)) # `.` has no name
     found = None if (path/holds[0]).exists() else from_archives(path, name)
     return (found, f'archives {name} in a folder') if found else (path, 'a folder')
 

@@ -41,7 +41,7 @@ from .in_memory import Decoded, DecodedDL, decoded
 from .jobs import Run, run_job, show_plan
 from .optims import OPTION
 from .parallel import Engine
-from .precision import DevicePrecision, fast_settings, warn_slow_bf16
+from .precision import DevicePrecision, fast_settings, has_compiler, warn_slow_bf16
 from .presets import ARCHS, COMMON, ImagenetteSettings, published, resolve
 from .report import conditions, report as write_report, summary, terminal_table
 
@@ -177,8 +177,10 @@ def check_machine(
 ):
     "Raise an `OptionError` for the first setting that this machine cannot train with"
     check_size(s)
+    device = default_device().type
     check(torch.cuda.is_available() or not s.fp16, '--fp16: needs a GPU; a CPU can train with --bf16 1')
-    if s.bf16: warn_slow_bf16(default_device().type)
+    if s.bf16: warn_slow_bf16(device)
+    check(not s.compile or device != 'cpu' or has_compiler(), '--compile: needs a C++ compiler, such as g++; install one, or leave it out')
     n = num_distrib() or 1
     check(s.bs%n == 0, f"--bs {s.bs}: must be a multiple of {n}, the number of processes")
 
@@ -284,7 +286,7 @@ def main(
     check_counts(s, files[0])
     about = dict(preset=preset, changed=changed, published=published(preset) if not (changed or woof or n_items is not None) else None)
     runs = get_runs(s, range(seed, seed+runs), files, dict(source=source), about, path, workers, in_memory)
-    if plan: return show_plan(runs, out, engine)
+    if plan: return show_plan(runs, out, engine, anew)
     records = run_job(runs, check_out(out), 'imagenette', resume, keep, anew=anew, engine=engine)
     if is_main(): print(f'\n{terminal_table(summary(records))}\n', *conditions(records), sep='\n')
     return records

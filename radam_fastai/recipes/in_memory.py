@@ -10,7 +10,6 @@ gives the same crops as from files."""
 __all__ = []
 
 # %% ../../nbs/43_recipes.in_memory.ipynb #b69dac1c
-import hashlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from ..files import building
 from .cli import RecipeError
-from .data import ItemSeedDL, cache_folder, kept_random, read_image
+from .data import ItemSeedDL, cache_folder, fingerprint, kept_random, read_image
 
 # %% ../../nbs/43_recipes.in_memory.ipynb #9297b063
 def _raw(file):
@@ -68,8 +67,7 @@ def decoded(
 ) -> Decoded: # The images
     "The images in `files`, decoded once for all processes of this machine and all runs; an `OwnError` names one that cannot be read"
     files = sorted(files)
-    about = ''.join(f'{f.absolute()} {(s := f.stat()).st_size} {s.st_mtime_ns}\n' for f in files)
-    dest = (folder or cache_folder())/f'decoded-{hashlib.sha256(about.encode()).hexdigest()[:16]}'
+    dest = (folder or cache_folder())/f'decoded-{fingerprint(files)}'
     if not dest.exists():
         with building(dest) as tmp:
             if not dest.exists(): # another process was not faster

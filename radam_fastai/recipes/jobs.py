@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import Callable
+from typing import Callable, NamedTuple
 
 import pandas as pd
 from fastai.callback.core import Callback
@@ -34,8 +34,8 @@ from .checkpoint import RECORDED, EpochCheckpoint, SeedEpochs, load_checkpoint, 
 from .cli import OptionError, RecipeError, check, check_out, expanded, is_main, terminal_bars
 from .parallel import Engine, Outcome, ProgressWriter, side_by_side
 from .precision import leaving_autocast
-from .records import RunRecorder, append_record, environment, read_runs, rectifier_summary, wrong_form
-from .report import report, save_run, terminal_table
+from .records import RunRecorder, append_record, environment, read_runs, rectifier_summary, sitting_form, wrong_form
+from .report import data_facts, report, save_run, terminal_table
 
 # %% ../../nbs/36_recipes.jobs.ipynb #84ccb9f6
 @dataclass
@@ -78,6 +78,7 @@ def finish(
     notes:dict, # From those who watched
 ) -> dict: # The record
     "The record of a run that is complete"
+    if not steps: raise RecipeError(f"{about['run']}: float16's scaler skipped every update; train longer, or with --bf16 1")
     by_column = {k: [s[k] for s in steps] for k in steps[0]}
     last = {k: about['sittings'][-1][k] for k in ('versions','device')}
     return dict({**about, **last}, began=about['sittings'][0]['began'], hypers=hypers, n_steps=len(steps),
@@ -131,32 +132,31 @@ def save_record(
     if not keep: (out/f"{record['run']}.pth").unlink(missing_ok=True)
 
 # %% ../../nbs/36_recipes.jobs.ipynb #f599644a
-def check_same(
+def difference(
     run:Run, # Asked for
     found:dict, # What the record or the checkpoint of an earlier run of that name says
     out:Path, # Where it was found
-):
-    "Raise an `OptionError` that names what differs, unless `found` is of the same run"
+) -> str: # A sentence; empty if it is the same run
+    "What an earlier run was begun with that is not asked for now"
     wrong = wrong_form(found, dict(run=str, seed=int, options=dict, data=dict))
-    check(not wrong, f"--resume: what {out} says of an earlier {run.name} is not of a recipe ({wrong}): name another --out")
+    check(not wrong, f"--out {out}: what it says of an earlier {run.name} is not of a recipe ({wrong}): name another --out")
     def plain(o): return json.loads(json.dumps(o, default=str))
     mine,theirs = plain(dict(**run.options, seed=run.seed)),{**found['options'], 'seed': found['seed']}
-    data = {k: v for k,v in plain(run.data).items() if k in found['data'] and found['data'][k] != v}
+    data = {k: v for k,v in data_facts(plain(run.data)).items() if k in found['data'] and found['data'][k] != v}
     differ = [f"{k} {theirs.get(k)}, not {mine.get(k)}" for k in dict.fromkeys([*theirs, *mine]) if theirs.get(k) != mine.get(k)]
     differ += [f"data with {k} {found['data'][k]}, not {v}" for k,v in data.items()]
-    check(not differ,
-          f"--resume: {found['run']} in {out} was begun with {'; '.join(differ)}: give what it was begun with, or another --out")
+    begun = f"--out {out}: {found['run']} was begun with {'; '.join(differ)}: give what it was begun with, or another --out"
+    return begun if differ else ''
 
 # %% ../../nbs/36_recipes.jobs.ipynb #8e811130
 _begun = dict(recipe=str, opt=str, secs=(int,float), sittings=list)
-_sitting = dict(epoch=int, began=str, versions=dict, device=dict)
 
 def check_begun(
     about, # What a checkpoint says of its run
     path:Path, # Of the checkpoint
 ):
     "Raise a `RecipeError` unless a record can be made of `about`"
-    wrong = wrong_form(about, _begun) or next((w for s in about['sittings'] if (w := wrong_form(s, _sitting))), None)
+    wrong = wrong_form(about, _begun) or next((w for s in about['sittings'] if (w := wrong_form(s, sitting_form))), None)
     if wrong: raise RecipeError(f'{path} does not say what its run is ({wrong}): delete it, and its run starts again')
 
 def taken_names(
@@ -186,23 +186,48 @@ def check_finished(
     check(not (left and any(taken.values())),
           f"--out {out}: {left[0] if left else ''} is not finished there; --resume goes on with this job, --anew begins it again")
 
+class Planned(NamedTuple):
+    "A run, and what is there of it"
+    run:Run
+    name:str # Of its files
+    record:dict=None # If it is finished
+    about:dict=None # What its checkpoint says of it, if it has one
+    epochs:tuple=(0,1) # How many it has trained, of how many
+    differs:str='' # Why an earlier run of that name is another one
+
+    @property
+    def begun(self):
+        return ': finished before' if self.record else ': goes on after epoch {} of {}'.format(*self.epochs) if self.about else ''
+
 def plan_run(
     run:Run, # Asked for
     out:Path, # Folder of the job
     done:dict, # Name → record, of the finished runs in it
     resume:bool, # Whether to go on with what is there
-) -> tuple[str, dict|None, dict|None]: # Name of its files; its record if it is finished, its checkpoint if it is not
-    "Under which name to train `run`, and from which checkpoint, if it is not finished"
-    taken = taken_names(run, out, done)
-    if not resume or not taken: return f"{run.name}{f'-{len(taken)+1}' if taken else ''}",None,None
-    name = taken[-1]
-    state = None if name in done else load_checkpoint(path := out/f'{name}.pth')
-    if state: check_begun(state.get('about'), path)
-    check_same(run, done.get(name) or state['about'], out)
-    return name,done.get(name),state
+) -> Planned:
+    "Under which name to train `run`, and what is there of it"
+    taken,differs = taken_names(run, out, done),''
+    for name in reversed(taken) if resume else ():
+        p = Planned(run, name, done.get(name))
+        if not p.record:
+            state = load_checkpoint(path := out/f'{name}.pth')
+            check_begun(state.get('about'), path)
+            p = p._replace(about=state['about'], epochs=(state['epoch'], state['n_epoch']))
+        if not (why := difference(run, p.record or p.about, out)): return p
+        differs = differs or why
+    return Planned(run, f"{run.name}{f'-{len(taken)+1}' if taken else ''}", differs=differs)
 
-def _begun_text(record, state):
-    return ': finished before' if record else f": goes on after epoch {state['epoch']} of {state['n_epoch']}" if state else ''
+def plan_job(
+    runs:list, # Asked for
+    out:Path, # Folder of the job
+    done:dict, # Name → record, of the finished runs in it
+    resume:bool, # Whether to go on with what is there
+) -> list: # `Planned`
+    "What is there of each run; an `OptionError` if there are other runs only"
+    plan = [plan_run(run, out, done, resume) for run in runs]
+    if not any(p.record or p.about for p in plan):
+        for p in plan: check(not p.differs, p.differs)
+    return plan
 
 # %% ../../nbs/36_recipes.jobs.ipynb #42a54ee4
 @contextmanager
@@ -231,14 +256,14 @@ def train_left(
     return train_run(run, name, out, recipe, load_checkpoint(path) if path.exists() else None, cbs)
 
 def one_by_one(
-    plan:list, # Run, name, record if it is finished, and what is to be said of it
+    plan:list, # `Planned`
     out:Path, # Folder of the job
     recipe:str, # Its name
 ): # Yields `Outcome`s
     "Train what is not finished, one run after the other"
-    for run,name,record,begun in plan:
-        print(f'\n{name}{begun}')
-        if not record: yield Outcome(name, train_left(run, name, recipe, out))
+    for p in plan:
+        print(f'\n{p.name}{p.begun}')
+        if not p.record: yield Outcome(p.name, train_left(p.run, p.name, recipe, out))
 
 # %% ../../nbs/36_recipes.jobs.ipynb #c272eb55
 @contextmanager
@@ -273,9 +298,9 @@ def at_once(
     engine:Engine, # That does not work alone
 ): # Yields `Outcome`s, as they come
     "Train what is not finished, many runs at once"
-    for _,name,_,begun in plan:
-        if begun: print(f'{name}{begun}')
-    calls = {name: partial(train_left, run, name, recipe) for run,name,record,_ in plan if not record}
+    for p in plan:
+        if p.begun: print(f'{p.name}{p.begun}')
+    calls = {p.name: partial(train_left, p.run, p.name, recipe) for p in plan if not p.record}
     if calls: yield from side_by_side(calls, out, engine)
 
 # %% ../../nbs/36_recipes.jobs.ipynb #a72ffe33
@@ -311,12 +336,12 @@ def run_job(
         wait() # until the first process has written what is of an earlier job
         done = finished(out)
         if not (resume or anew): check_finished(runs, out, done)
-        plan = [(run, name, record, _begun_text(record, state)) for run in runs for name,record,state in [plan_run(run, out, done, resume)]]
+        plan = plan_job(runs, out, done, resume)
         wait() # until all have read
-        for _,name,record,_ in plan:
-            if record and record.get('kept') is False and not keep and is_main(): # killed before it was deleted?
-                (out/f'{name}.pth').unlink(missing_ok=True)
-        records,failed = {name: record for _,name,record,_ in plan},{}
+        for p in plan:
+            if p.record and p.record.get('kept') is False and not keep and is_main(): # killed before it was deleted?
+                (out/f'{p.name}.pth').unlink(missing_ok=True)
+        records,failed = {p.name: p.record for p in plan},{}
         with closing(one_by_one(plan, out, recipe) if engine.alone else at_once(plan, out, recipe, engine)) as outcomes:
             for o in outcomes:
                 if o.error: failed[o.name] = o.error
@@ -334,16 +359,16 @@ def show_plan(
     runs:list, # `Run`s
     out:Path, # Folder of the job
     engine:Engine=Engine(), # What is to train them
+    anew:bool=False, # Whether they begin again
 ):
     "Print what is done of `runs` in `out`, what is left, and about how long it takes"
     out = expanded('out', out)
-    done = finished(out) if (there := os.path.isdir(out)) else {}
-    def row(run):
-        name,record,state = plan_run(run, out, done, resume=True) if there else (run.name,None,None)
-        if record: return name,'finished',1.,record['secs']
-        if state: return name,f"{state['epoch']} of {state['n_epoch']} epochs",state['epoch']/state['n_epoch'],state['about']['secs']
-        return name,'',0.,0.
-    names,states,parts,secs = zip(*map(row, runs))
+    plan = plan_job(runs, out, finished(out), not anew) if os.path.isdir(out) else [Planned(run, run.name) for run in runs]
+    def row(p):
+        if p.record: return p.name,'finished',1.,p.record['secs']
+        if p.about: return p.name,'{} of {} epochs'.format(*p.epochs),p.epochs[0]/p.epochs[1],p.about['secs']
+        return p.name,'',0.,0.
+    names,states,parts,secs = zip(*map(row, plan))
     print(terminal_table(pd.DataFrame(dict(run=names, done=states, took=[str(timedelta(seconds=round(s))) if s else '' for s in secs]))))
     left,n = len(runs)-sum(parts),engine.jobs or 1
     needs = timedelta(seconds=round(left*sum(secs)/sum(parts)/n)) if any(parts) else None

@@ -51,13 +51,20 @@ def has_bf16(
     found = getattr(torch.cpu, 'get_capabilities', dict)()
     return any(found.get(k) for k in ('avx512_bf16', 'amx_bf16', 'bf16'))
 
+def has_compiler() -> bool:
+    "Whether there is a C++ compiler, without which nothing can be compiled for a CPU"
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    try: return bool(get_cpp_compiler())
+    except Exception: return False
+
 def fast_settings(
     act_fn:str, # Activation of the network: ReLU or another
     device:str, # 'cuda' or 'cpu'
 ) -> dict: # `channels_last`, `fp16`, `bf16` and `compile`
     "The memory order, precision and compilation with which `device` trains an XResNet fastest"
     bf16 = has_bf16(device)
-    return dict(channels_last=True, fp16=device=='cuda' and not bf16, bf16=bf16, compile=device=='cpu' and act_fn!='ReLU')
+    return dict(channels_last=True, fp16=device=='cuda' and not bf16, bf16=bf16, 
+                compile=device=='cpu' and act_fn!='ReLU' and has_compiler())
 
 # %% ../../nbs/38_recipes.precision.ipynb #ed00e506
 def warn_slow_bf16(

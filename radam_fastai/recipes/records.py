@@ -166,6 +166,7 @@ def _is_table(columns, kinds):
 _whole = dict(run=str, recipe=str, opt=str, seed=int, options=dict, data=dict, secs=Real, versions=dict, device=dict, epochs=list)
 _parts = dict(data=dict(name=str, train=int, valid=int), device=dict(name=str, threads=int), versions=dict(torch=str, fastai=str))
 _epoch = dict(epoch=int, step=int, train_secs=Real, secs=Real)
+sitting_form = dict(epoch=int, began=str, versions=dict, device=dict) # where and when a run went on
 _step = dict(step=list, loss=list, lr=list, effective_lr=list, rect=list)
 
 def wrong_run(
@@ -175,6 +176,11 @@ def wrong_run(
     if wrong := wrong_form(r, _whole): return wrong
     for k,form in _parts.items():
         if wrong := wrong_form(r[k], form): return f'of its {k}, {wrong}'
+    sittings = r.get('sittings', [])
+    if not isinstance(sittings, list): return 'its sittings are not a list'
+    for s in sittings:
+        wrong = wrong_form(s, sitting_form) or next((w for k in ('device','versions') if (w := wrong_form(s[k], _parts[k]))), None)
+        if wrong: return f'of its sittings, {wrong}'
     name,epochs,steps,hypers = r['run'],r['epochs'],r.get('steps', {}),r.get('hypers')
     plain = name and PureWindowsPath(name).name == name and not name.startswith('.') and _is_text(name)
     if not plain: return f'its run {name!r} is not a plain file name'

@@ -13,6 +13,7 @@ __all__ = ['runs_table', 'summary', 'find_records', 'report']
 import html
 import json
 import os
+from collections import Counter
 from itertools import zip_longest
 from pathlib import Path
 from textwrap import wrap
@@ -33,7 +34,19 @@ def settings(
     "The settings of a run, without its seed"
     return {'opt': record['opt'], **record['options']}
 
-def _asked(r): return json.dumps([r['recipe'], settings(r), r['data']], sort_keys=True)
+def data_facts(
+    data:dict, # Description of the data of a run
+) -> dict: # The same, without its name and source if it has a digest: these may change, the files do not
+    "What decides about the numbers"
+    return {k: v for k,v in data.items() if 'digest' not in data or k not in ('name','source')}
+
+def facts(
+    record:dict, # Record of a run
+) -> dict: # Name → value
+    "What decides about the numbers of a run, apart from its seed"
+    return {'recipe': record['recipe'], **{f'data {k}': v for k,v in data_facts(record['data']).items()}, **settings(record)}
+
+def _asked(r): return json.dumps(facts(r), sort_keys=True)
 
 def once(
     records, # Records of runs
@@ -41,19 +54,31 @@ def once(
     "The last record of each seed: a repeated run counts once"
     return list({(_asked(r), r['seed']): r for r in records}.values())
 
+def _varying(dicts):
+    "The keys, apart from `opt`, whose values are not the same in all `dicts`"
+    dicts = list(dicts)
+    return [k for k in dict.fromkeys(k for d in dicts for k in d) if k != 'opt' and len({json.dumps(d.get(k)) for d in dicts}) > 1]
+
+def _label(name, values, keys): return ', '.join([name, *(f'{k} {v}' for k in keys if (v := values.get(k)) is not None)])
+
 def groups(
     records:list, # Records of runs
 ) -> dict: # Name of the group → its records, in the given order
     "Runs that differ only in their seed"
-    options = dict.fromkeys(k for r in records for k in settings(r))
-    varying = [k for k in options if len({json.dumps(settings(r).get(k)) for r in records}) > 1]
-    res = {}
+    res,varying = {},_varying(map(settings, records))
     for r in records: res.setdefault(_asked(r), []).append(r)
     def label(r):
-        if r.get('preset') and not r.get('changed'): return r['preset']
-        return ', '.join([r['opt'], *(f'{k} {settings(r).get(k)}' for k in varying if k != 'opt')])
-    names = [label(rs[0]).replace('$', '') for rs in res.values()] # matplotlib reads text between two $ as a formula
-    return {n if names.count(n)==1 else f"{n} ({rs[0]['run']} …)": rs for n,rs in zip(names, res.values())}
+        n = settings(r).get('n_items')
+        if r.get('preset') and not r.get('changed'): return r['preset'] + (f', n_items {n}' if n else '')
+        return _label(r['opt'], settings(r), varying)
+    names = [label(rs[0]) for rs in res.values()]
+    for name in [n for n,k in Counter(names).items() if k > 1]: # further facts tell them apart
+        same = {i: facts(rs[0]) for i,(n,rs) in enumerate(zip(names, res.values())) if n == name}
+        for i,f in same.items(): names[i] = _label(name, f, _varying(same.values()))
+    names = [n.replace('$', '') for n in names] # matplotlib reads text between two $ as a formula
+    for n,k in Counter(names).items(): # or, at least, numbers
+        for j in range(1, k): names[names.index(n)] = f'{n} ({j})'
+    return dict(zip(names, res.values()))
 
 # %% ../../nbs/35_recipes.report.ipynb #b5d86a1a
 def runs_table(
@@ -133,18 +158,19 @@ def conditions(
     records:list, # Records of runs
 ) -> list[str]: # Sentences
     "The data, machines and precision of the runs, and the sources of the published figures"
-    def each(f): return '; '.join(dict.fromkeys(f(r) for r in records))
+    def each(texts): return '; '.join(dict.fromkeys(texts))
     def data(r):
         d = r['data']
         items = f"{d['train']:,} training and {d['valid']:,} validation {d.get('unit', 'items')}"
         return ', '.join([d['name'], *([f"split {d['split']}"] if 'split' in d else []), items, *([d['source']] if 'source' in d else [])])
-    def machine(r):
-        o,v,n = r['options'],r['versions'],r['device']['threads']
+    def machine(o, place):
+        v,n = place['versions'],place['device']['threads']
         precision = 'float16' if o.get('fp16') else 'bfloat16' if o.get('bf16') else 'float32'
-        device = f"{r['device']['name']}, {n} thread{'s'*(n>1)}, {precision}"
+        device = f"{place['device']['name']}, {n} thread{'s'*(n>1)}, {precision}"
         return f"{device}; python {v.get('python','?')}, torch {v['torch']}, fastai {v['fastai']}"
+    machines = [machine(r['options'], place) for r in records for place in r.get('sittings') or [r]] # a resumed run may have several
     sources = dict.fromkeys(f"{p['mean']:.4f}: {p['source']}" for r in records if (p := r.get('published')) and p.get('source'))
-    res = [f'Data: {_plain(each(data))}.', f'Machine: {_plain(each(machine))}.']
+    res = [f'Data: {_plain(each(map(data, records)))}.', f'Machine: {_plain(each(machines))}.']
     if any(r.get('published') for r in records): res.append(
         'Differences are in standard errors (Welch: the root of the sum of the variances of both means). Published: '
         + _plain('; '.join(sources)) + '.')
