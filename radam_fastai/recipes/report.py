@@ -54,6 +54,7 @@ def once(
     "The last record of each seed: a repeated run counts once"
     return list({(_asked(r), r['seed']): r for r in records}.values())
 
+# %% ../../nbs/35_recipes.report.ipynb #67ada691
 def _varying(dicts):
     "The keys, apart from `opt`, whose values are not the same in all `dicts`"
     dicts = list(dicts)
