@@ -19,6 +19,7 @@ def kept(
     return {**{k: v for k,v in record.items() if k != 'steps'}, **({'steps':steps} if steps else {})}
 
 if __name__ == '__main__':
+    if len(sys.argv) != 3: sys.exit(__doc__)
     runs,folder = map(Path, sys.argv[1:])
     if (folder/'records.jsonl').exists(): sys.exit(f'{folder}/records.jsonl is there already: delete it, or name another folder')
     records = [kept(r) for rs in find_records(runs).values() for r in rs]

@@ -63,7 +63,7 @@ def fast_settings(
 ) -> dict: # `channels_last`, `fp16`, `bf16` and `compile`
     "The memory order, precision and compilation with which `device` trains an XResNet fastest"
     bf16 = has_bf16(device)
-    return dict(channels_last=True, fp16=device=='cuda' and not bf16, bf16=bf16, 
+    return dict(channels_last=True, fp16=device=='cuda' and not bf16, bf16=bf16,
                 compile=device=='cpu' and act_fn!='ReLU' and has_compiler())
 
 # %% ../../nbs/38_recipes.precision.ipynb #ed00e506

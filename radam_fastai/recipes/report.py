@@ -113,10 +113,9 @@ def compare(
 def accuracy_error(
     accuracy:float, # Share of images that are classified right
     n_images:int, # Images that validate
-    n_runs:int=1, # Runs of which `accuracy` is the mean
 ) -> float:
-    "Standard error of an accuracy, from the number of images alone (binomial): runs on the same images differ less"
-    return (accuracy*(1-accuracy)/n_images/n_runs)**.5
+    "Standard error of an accuracy, as an estimate of the one on all images of their kind (binomial)"
+    return (accuracy*(1-accuracy)/n_images)**.5
 
 # %% ../../nbs/35_recipes.report.ipynb #5e7fd097
 def summary(
