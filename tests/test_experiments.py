@@ -138,7 +138,7 @@ def test_sweep_table_against_numpy():
 def test_labels_tell_settings_apart():
     rs = [rec('adam-warmup', .1, 0, .5, n_steps=n) for n in (10,20)] + [rec('adam', .1, s, .5)
                                                                         for s in range(3)] + [rec('adam-eps', .1, 0, .5, eps=1e-4)]
-    assert labels(rs) == ['Adam, warm-up, n_steps 10', 'Adam, warm-up, n_steps 20', *['Adam']*3, 'Adam-eps, eps 0.0001']
+    assert labels(rs) == ['Adam, warm-up, 10 updates', 'Adam, warm-up, 20 updates', *['Adam']*3, 'Adam-eps, eps 0.0001']
     assert labels([rec('adam', .1, 0, .5, epochs=e) for e in (1,1,2)]) == ['Adam','Adam','Adam, epochs 2']
     other_data = {**rec('adam', .1, 0, .5), 'data':dict(name='e')}
     assert len(set(labels([rec('adam', .1, 0, .5), rec('adam', .1, 1, .5), other_data]))) == 2

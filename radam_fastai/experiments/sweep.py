@@ -87,8 +87,8 @@ def labels(
     sets = [{**settings(r), 'data': r['data']['name']} for r in records]
     counts = {k: Counter(s[k] for s in sets if k in s) for s in sets for k in s if k not in ('opt','lr')}
     usual = {k: v for k,c in counts.items() for v,n in c.items() if n > len(sets)/2 and k != 'n_steps'}
-    def text(v): return f'{v:g}' if isinstance(v, float) else v
-    def name(s): return ', '.join([OPTIMS[s['opt']].label, *(f'{k} {text(v)}' for k,v in s.items() if k in counts and v != usual.get(k))])
+    def text(k, v): return f'{v} updates' if k == 'n_steps' else f'{k} {v:g}' if isinstance(v, float) else f'{k} {v}'
+    def name(s): return ', '.join([OPTIMS[s['opt']].label, *(text(k, v) for k,v in s.items() if k in counts and v != usual.get(k))])
     return [name(s) for s in sets]
 
 def lines(
