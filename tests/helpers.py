@@ -15,6 +15,7 @@ import zlib
 from collections import Counter
 from contextlib import contextmanager
 from functools import lru_cache, partial
+from pathlib import Path
 
 import fastai.optimizer as fo
 import pytest
@@ -452,6 +453,11 @@ def forked(f):
         os._exit(0)
     except OptionError: os._exit(2)
     except BaseException: os._exit(1)
+
+def alive(pid):
+    "Whether a process runs; one that has ended may still wait for its parent"
+    try: return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0] not in 'ZX'
+    except FileNotFoundError: return False
 
 def ended(pid): return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from fastai.callback.core import Callback
 
+from helpers import alive
 from radam_fastai.bench import callbacks, gpu, main as command, step, train
 from radam_fastai.recipes.optims import Optim
 from radam_fastai.recipes.records import read_records
@@ -382,11 +383,6 @@ def test_a_part_sees_its_gpu_alone(monkeypatch, tmp_path):
     part = gpu.Part('seen', ['-c', 'import os; print(os.environ["CUDA_VISIBLE_DEVICES"])'])
     for device,seen in ('cpu', ''), ('cuda', '7'), ('cuda:0', '7'):
         assert gpu.run_part(part, tmp_path/device, device, 60) == 'done' and (tmp_path/device/'log.txt').read_text() == f'{seen}\n'
-
-def alive(pid):
-    "Whether a process runs; one that has ended may still wait for its parent"
-    try: return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0] not in 'ZX'
-    except FileNotFoundError: return False
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_what_ends_the_command_ends_its_part(tmp_path, number):

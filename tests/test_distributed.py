@@ -79,7 +79,7 @@ def accelerate(tmp_path, *args, n=2):
     env = {**os.environ, 'HOME': str(tmp_path), 'PYTHONPATH': str(root), 'OMP_NUM_THREADS': '1', 'ACCELERATE_USE_CPU': 'true',
            'CUDA_VISIBLE_DEVICES': ''}
     return subprocess.run([sys.executable, *launcher, str(tmp_path/'job.py'), *map(str, args)], env=env, cwd=tmp_path, capture_output=True,
-                          text=True, timeout=1800)
+                          text=True, timeout=300)
 
 @pytest.fixture(scope='module')
 def both(tmp_path_factory, images):
