@@ -145,8 +145,8 @@ def difference(
     data = {k: v for k,v in data_facts(plain(run.data)).items() if k in found['data'] and found['data'][k] != v}
     differ = [f"{k} {theirs.get(k)}, not {mine.get(k)}" for k in dict.fromkeys([*theirs, *mine]) if theirs.get(k) != mine.get(k)]
     differ += [f"data with {k} {found['data'][k]}, not {v}" for k,v in data.items()]
-    begun = f"--out {out}: {found['run']} was begun with {'; '.join(differ)}: give what it was begun with, or another --out"
-    return begun if differ else ''
+    why = f"--out {out}: {found['run']} was begun with {'; '.join(differ)}: give what it was begun with, or another --out"
+    return why if differ else ''
 
 # %% ../../nbs/36_recipes.jobs.ipynb #8e811130
 _begun = dict(recipe=str, opt=str, secs=(int,float), sittings=list)
@@ -223,7 +223,7 @@ def plan_job(
     done:dict, # Name → record, of the finished runs in it
     resume:bool, # Whether to go on with what is there
 ) -> list: # `Planned`
-    "What is there of each run; an `OptionError` if there are other runs only"
+    "What is there of each run; an `OptionError` if nothing is, but other runs of their names"
     plan = [plan_run(run, out, done, resume) for run in runs]
     if not any(p.record or p.about for p in plan):
         for p in plan: check(not p.differs, p.differs)
