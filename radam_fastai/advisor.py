@@ -22,13 +22,13 @@ from numbers import Real
 import numpy as np
 import torch
 from fastai.callback.schedule import Learner, ParamScheduler, combined_cos
-from fastai.callback.training import GradientAccumulation
 from fastai.torch_core import rank_distrib
 
+from .checkpoint import check_count
 from .introspect import Rectifier, find_rectifier, no_rectifier, read, updates_made
 from .plot import plot_warmup
 from .rectify import check_sqr_mom, rectification, rho_inf
-from .watching import _Watcher
+from .watching import _Watcher, batches_per_update, check_positive_int
 
 # %% ../nbs/13_advisor.ipynb #08ce8683
 SCHEDULES = dict(constant=lambda pct: 1., flat_cos=combined_cos(.75, 1., 1., 1e-5), one_cycle=combined_cos(.25, 1/25, 1., 1e-5))
@@ -138,7 +138,8 @@ def warmup_report(
     start:int=0, # Updates before the run
 ) -> WarmupReport: # Prints as text; `plot` draws it
     "When the rectifier of `opt` sets in, how much of the learning rate it lets through in a run, and what to change"
-    if n_steps != int(n_steps) or n_steps < 1: raise ValueError(f"n_steps must be a whole number of at least 1, got {n_steps}")
+    check_positive_int('n_steps', n_steps)
+    check_count(start, 'start')
     how,sqr_mom = _as_rectifier(opt)
     shape = None if schedule is None else schedule_shape(schedule, n_steps)
     rect = np.array([math.nan if r is None else r for r in (how.lr_factor(t, sqr_mom) for t in range(start+1, start+1+n_steps))])
@@ -170,5 +171,4 @@ class WarmupAdvisor(_Watcher):
 
     def _n_steps(self):
         "Updates of the epochs that are trained: one a batch, or fewer if gradients are accumulated"
-        n_acc = next((cb.n_acc for cb in self.learn.cbs if isinstance(cb, GradientAccumulation)), 0)
-        return max(1, (self.n_epoch-self.epoch)*len(self.dls.train) // max(1, math.ceil(n_acc/(self.dls.train.bs or 1))))
+        return max(1, (self.n_epoch-self.epoch)*len(self.dls.train) // batches_per_update(self.learn))

@@ -26,6 +26,7 @@ from numbers import Real
 from typing import Callable, Iterable
 
 from fastcore.basics import patch
+from fastcore.meta import delegates
 from torch import Tensor
 
 from .bucket import Buckets, IntCounter, StateLayout
@@ -92,12 +93,13 @@ AdamFn = partial(Adam, **RAdamFn.keywords)
 AdamLinearFn = partial(AdamFn, lr_factor=untuned_linear)
 AdamExponentialFn = partial(AdamFn, lr_factor=untuned_exponential)
 
+@delegates(AdamFn, but='lr_factor')
 def AdamWarmupFn(
     params:Tensor|Iterable, # Model parameters, or lists of them (one per group)
     lr:float|slice, # Default learning rate, at least 0
     n_steps:int, # Length of the warm-up in updates, at least 1
     **kwargs # The further arguments of `Adam`
-) -> Adam:
+) -> Adam: # The optimizer
     "Adam with a linear warm-up: the `n_steps`-th update is the first with the whole learning rate"
     check_count(n_steps, 'n_steps', least=1)
     return AdamFn(params, lr, lr_factor=partial(linear_warmup, n_steps=n_steps), **kwargs)
@@ -126,13 +128,14 @@ class Adam2k(Adam):
             bucket.update(**hypers, **{**settings, 'lr_factor': lambda step, sqr_mom: unbias})
 
 # %% ../nbs/03_baselines.ipynb #aef25634
+@delegates(AdamFn, but='lr_factor, sgd_phase')
 def Adam2kFn(
     params:Tensor|Iterable, # Model parameters, or lists of them (one per group)
     lr:float|slice, # Default learning rate, at least 0
     n_steps:int=2000, # How many updates move the second moment alone, at least 1
     sgd_phase:str='wait', # 'wait', or 'freeze': then debias the first moment as if it had not waited (the authors' code)
     **kwargs # The further arguments of `Adam`
-) -> Adam:
+) -> Adam: # The optimizer
     "Adam after `n_steps` gradients for its second moment alone (section 3.1 of arXiv:1908.03265)"
     check_count(n_steps, 'n_steps', least=1)
     return Adam2k(params, lr, sgd_phase, lr_factor=partial(after, n_steps=n_steps), **{**RAdamFn.keywords, **kwargs})

@@ -25,12 +25,19 @@ from torch import Tensor
 from .functional import SMALL, can_fuse, check_not_capturing, copy_like, layout, radam_step_
 
 # %% ../nbs/20_bucket.ipynb #b0319e65
+def check_distinct(
+    params:list[Tensor], # Parameters of an optimizer
+):
+    "Raise a `ValueError` if one of them is there twice"
+    if len(set(map(id, params))) < len(params):
+        raise ValueError("a parameter appears more than once in `params`: it would be updated twice a step")
+
 def check_updatable(
     params:Iterable[Tensor], # Parameters of all groups, in order
-    averages:Iterable[Tensor|None]=(), # A running average of each, `None` where there is none yet
+    averages:Iterable[list[Tensor|None]]=(), # The running averages of each, `None` where there is none yet
 ):
     "Raise a `TypeError` that names the first parameter that RAdam cannot update"
-    for i,(p,avg) in enumerate(zip_longest(params, averages)):
+    for i,(p,avgs) in enumerate(zip_longest(params, averages, fillvalue=())):
         g = p.grad
         if g is None: continue
         what = f"parameter {i}, shape {tuple(p.shape)}"
@@ -39,9 +46,10 @@ def check_updatable(
         if not p.is_floating_point(): raise TypeError(f"RAdam needs real floating point parameters, got {p.dtype} for {what}")
         if g.dtype != p.dtype:
             raise TypeError(f"{what} is {p.dtype}, its gradient {g.dtype}: RAdam needs them alike, so leave `grad_dtype` as it is")
-        if avg is not None and (avg.dtype != p.dtype or avg.shape != p.shape):
-            raise TypeError(f"{what} is {p.dtype} now, its averages are {avg.dtype} of shape {tuple(avg.shape)}: clear the state, or load "
-                            f"it again to convert it")
+        for avg in avgs:
+            if avg is not None and (avg.dtype != p.dtype or avg.shape != p.shape):
+                raise TypeError(f"{what} is {p.dtype} now, its averages are {avg.dtype} of shape {tuple(avg.shape)}: clear the state, or "
+                                f"load it again to convert it")
 
 # %% ../nbs/20_bucket.ipynb #c0726c85
 class IntCounter:
@@ -63,7 +71,9 @@ class TensorCounter:
         self.items = list(self.all.unbind())
         for s,step in zip(states, self.items): s['step'] = step
 
-    def intact(self): return all([s['step'] is step for s,step in zip(self.states, self.items)]) and bool((self.all == self.count).all())
+    def intact(self):
+        if self.items[0].data_ptr() != self.all.data_ptr(): return False # `data` was replaced
+        return all([s['step'] is step for s,step in zip(self.states, self.items)]) and bool((self.all == self.count).all())
 
     def advance(self):
         self.count += 1
@@ -120,7 +130,7 @@ class Bucket:
     "Parameters that one `radam_step_` can update"
     def __init__(self, keys, kind, params, states):
         self.keys,self.params,self.states = keys,params,states
-        self.group,self.decays,self.fused = kind.group,kind.decays,kind.fused
+        self.group,self.decays,self.fused,self.dtype = kind.group,kind.decays,kind.fused,kind.dtype
         self.grad_avgs,self.sqr_avgs = ([s[k] for s in states] for k in (keys.grad_avg, keys.sqr_avg))
         self.matrices,self.vectors = ([p for p in params if (p.dim() > 1) == more] for more in (True, False))
         self.places,self.orders,self.aligned = self._places(),self._orders(),None
@@ -128,7 +138,9 @@ class Bucket:
         self.kernel_step = torch.empty((), dtype=torch.float32, device=kind.device) if self.fused else None
         self.counter = keys.counter(states, kind.counts[0])
 
-    def _places(self): return list(map(Tensor.data_ptr, self.params))
+    def _places(self): # who moves the averages through their `data` moves all of them
+        first = self.grad_avgs[0].data_ptr(),self.sqr_avgs[0].data_ptr()
+        return list(map(Tensor.data_ptr, self.params)),list(map(Tensor.numel, self.params)),first
     def _orders(self): return list(map(Tensor.stride, self.matrices)),all(map(Tensor.is_contiguous, self.vectors))
 
     def collect(self):
@@ -139,6 +151,7 @@ class Bucket:
     def intact(self) -> bool:
         "Whether all members still have a gradient, and nothing else that the bucket refers to has been replaced"
         if self.grad_order is None or self._places() != self.places or self._orders() != self.orders: return False
+        if any([g.dtype is not self.dtype for g in self.grads]): return False
         if {s.get('do_wd', True) for s in self.states} != {self.decays}: return False
         if any(len({s.get(k, 0) for s in self.states}) > 1 for k in self.keys.also): return False
         ga,sa,held = self.keys.grad_avg,self.keys.sqr_avg,zip(self.states, self.grad_avgs, self.sqr_avgs)
@@ -202,7 +215,8 @@ class Buckets:
 
     def _sort(self, param_lists, state):
         params,idle,groups = [p for pg in param_lists for p in pg],[],{}
-        check_updatable(params, (state.get(p, {}).get(self.keys.grad_avg) for p in params))
+        averages = self.keys.grad_avg,self.keys.sqr_avg
+        check_updatable(params, ([state.get(p, {}).get(k) for k in averages] for p in params))
         for i,pg in enumerate(param_lists):
             for p in pg:
                 if p.grad is None: idle.append(p)

@@ -40,10 +40,19 @@ def _check_names(s, others, what):
     _expect(s, dict, what)
     if mixed := set(others) & set(s): raise ValueError(f"{what} has {', '.join(sorted(mixed))}: fastai's and PyTorch's names in one state")
 
+def two_betas(
+    betas, # Any sequence
+    what:str='', # To be named in front
+) -> tuple: # Its two elements
+    "The moving average coefficients of a torch group, or a `ValueError`"
+    try: mom,sqr_mom = betas
+    except (TypeError, ValueError): raise ValueError(f"{what}betas must be two numbers, got {betas!r}") from None
+    return mom,sqr_mom
+
 def _check_group(g, what):
     "Raise a `ValueError` unless the parts of a torch group have the right types"
-    for k in ('params', 'betas'): _expect(g[k], (list, tuple), f'{what}: {k}')
-    if len(g['betas']) != 2: raise ValueError(f"{what}: betas must be two numbers, got {len(g['betas'])}")
+    _expect(g['params'], (list, tuple), f'{what}: params')
+    two_betas(g['betas'], f'{what}: ')
     for i in g['params']: _expect(i, (int, str), f'{what}: a name in params')
     for k in ('lr', 'eps', 'weight_decay'): as_float(g[k], f'{what}: {k}')
     for k in ('maximize', 'decoupled_weight_decay', 'capturable', 'differentiable'): _expect(g.get(k, False), bool, f'{what}: {k}')

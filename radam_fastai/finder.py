@@ -24,20 +24,23 @@ from fastai.learner import Recorder
 from fastcore.meta import delegates
 
 from .introspect import find_rectifier, no_rectifier, read, read_last, updates_made
+from .watching import batches_per_update
 
 # %% ../nbs/14_finder.ipynb #91f06457
 class _EffectiveLR(Callback):
     "Have `Recorder` keep the effective learning rate"
     order,run_valid = Recorder.order+1,False
+    def before_fit(self): self.now = None
     def after_step(self): self.now = read_last(self.opt)[1]
-    def after_batch(self): self.recorder.lrs[-1] = self.now.effective_lr if self.now.adaptive else np.nan
+    def after_batch(self): self.recorder.lrs[-1] = self.now.effective_lr if self.now and self.now.adaptive else np.nan
 
-def _check_finder(opt, num_it):
+def _check_finder(learn, num_it):
     "Raise a `ValueError` unless the updates that suggestions are made from are adaptive"
+    opt,ignored = learn.opt,num_it//10//batches_per_update(learn)
     how = find_rectifier(opt)
     if not how: raise ValueError(f"{no_rectifier(opt)}: use learn.lr_find")
     sqr_mom = read(how, 0, opt.hypers[-1]).sqr_mom
-    if how.lr_factor(updates_made(opt) + num_it//10 + 1, sqr_mom) is None:
+    if how.lr_factor(updates_made(opt) + ignored + 1, sqr_mom) is None:
         raise ValueError(f"num_it={num_it} with sqr_mom={sqr_mom:g}: suggestions ignore the first tenth of the updates, "
                          "which has to cover the momentum phase. Use a larger num_it, or learn.lr_find if sqr_mom is too small to rectify "
                          "at all")
@@ -49,13 +52,13 @@ def rectified_lr_find(
     num_it:int=100, # Updates
     **kwargs
 ): # Suggested learning rates by name, as from `Learner.lr_find`
-    "fastai's learning rate finder over the effective learning rate lr·r_t"
+    "fastai's learning rate finder over the effective learning rate lr·r_t; a `ValueError` if nothing is rectified in `num_it` updates"
     recorder,had_opt = learn.recorder,learn.opt is not None
     if not had_opt: learn.create_opt()
     was = deepcopy({k:v for k,v in vars(recorder).items() if k != 'learn'})
     hypers = {k: [h[k] for h in learn.opt.hypers] for k in ('lr', 'wd') if k in learn.opt.hypers[0]} # which `fit` sets
     try:
-        _check_finder(learn.opt, num_it)
+        _check_finder(learn, num_it)
         with learn.added_cbs(_EffectiveLR()): res = learn.lr_find(num_it=num_it, **kwargs)
         if kwargs.get('show_plot', True): plt.gca().set_xlabel('effective learning rate lr·$r_t$')
         return res

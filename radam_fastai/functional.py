@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 from torch.utils._mode_utils import no_dispatch
 
@@ -141,6 +142,7 @@ def _fused_adam_(params, grads, grad_avgs, sqr_avgs, step, *, decouple_wd, lr, m
     with one_openmp_thread() if small else nullcontext():
         kernel(params, grads, grad_avgs, sqr_avgs, [], steps, lr=lr, beta1=mom, beta2=sqr_mom, weight_decay=wd, eps=eps,
                amsgrad=False, maximize=maximize, grad_scale=None, found_inf=None)
+    increment_version(params) # which the kernel does not: a graph from before the step must not be used after it
 
 # %% ../nbs/01_functional.ipynb #8b9c4049
 def check_not_capturing():
@@ -206,7 +208,7 @@ def can_fuse(
 ) -> bool:
     "Whether the fused kernels can update `param` together with `others`: plain tensors, dense, and all laid out alike"
     return (type(param) in (Tensor, Parameter) and has_fused_kernel(param.device, param.dtype) and is_dense(param)
-            and all(o.device == param.device and o.dtype == param.dtype and layout(o) == layout(param) for o in others))
+            and all((o.device, o.dtype, o.shape, layout(o)) == (param.device, param.dtype, param.shape, layout(param)) for o in others))
 
 # %% ../nbs/01_functional.ipynb #c5144c6d
 def _average_(params, grads, grad_avgs, sqr_avgs, *, mom, sqr_mom, l2, maximize):

@@ -26,6 +26,7 @@ import pandas as pd
 import torch
 from fastai.optimizer import average_sqr_grad, step_stat
 from fastai.torch_core import get_model
+from fastcore.basics import groupby
 from torch import nn
 
 from .introspect import innermost, state_of
@@ -138,9 +139,7 @@ def _has_gradient(p): return p.grad is not None and not p.grad.is_meta # which h
 
 def _by_device(ts):
     "The tensors in `ts`, joined to one for each device"
-    devices = {}
-    for t in ts: devices.setdefault(t.device, []).append(t)
-    return [torch.cat(ts) for ts in devices.values()]
+    return [torch.cat(o) for o in groupby(ts, 'device').values()]
 
 class _Histograms(UpdateCallback):
     "Takes the histograms"
@@ -196,16 +195,22 @@ class GradientHistogram(_Histograms):
         if df.empty: raise ValueError("nothing is recorded yet: fit first")
         return df.step.to_numpy(),df.iloc[:, 6:].to_numpy(),df.iloc[:, 2:].sum(axis=1).to_numpy(),self.edges
 
-    def plot_ridge(self, ax=None):
-        "A curve per recorded update, on `ax` or a new one, which is returned"
+    def plot_ridge(self,
+        ax=None, # Matplotlib axes; made if not given
+    ): # The axes
+        "A curve per recorded update"
         return plot_gradient_ridge(*self._plain(), zeros=self.to_frame().zero.to_numpy(), ax=ax)
 
-    def plot_heatmap(self, ax=None):
-        "A column per recorded update, on `ax` or a new one, which is returned"
+    def plot_heatmap(self,
+        ax=None, # Matplotlib axes; made if not given
+    ): # The axes
+        "A column per recorded update"
         return plot_gradient_heatmap(*self._plain(), ax=ax)
 
-    def plot(self, axs=None):
-        "Ridge plot and heat map on two axes, made if not given, which are returned"
+    def plot(self,
+        axs=None, # Two matplotlib axes; made if not given
+    ): # The axes
+        "Ridge plot and heat map"
         axs = new_axes(axs, n=2, figsize=(10, 4))
         return np.array([self.plot_ridge(axs[0]), self.plot_heatmap(axs[1])])
 
@@ -314,17 +319,20 @@ class AdaptiveLRVariance(_Averages):
     def to_frame(self) -> pd.DataFrame:
         """A row per update: `step` and `rho`; measured: `coordinates`, `variance` [1/gradient²],
         `pooled` and `scaled` [1/σ²] (`lr_variances`); `normal`: what `scaled` is for 20,000 normal gradients;
-        analytic: `exact` and `first_order` (`adaptive_lr_variance`), NaN up to rho = 4"""
+        analytic: `exact` and `first_order` (`adaptive_lr_variance`), NaN where they are infinite, up to rho = 2 and 4"""
         n = self.counts.max(initial=0)
         sqr_mom,eps = self.hypers[:n].T
         rhos = [rho(t+1, b) for t,b in enumerate(sqr_mom)]
-        analytic = {k: [adaptive_lr_variance(r, k == 'first_order') if r > 4 else math.nan for r in rhos] for k in ('exact', 'first_order')}
+        analytic = {k: [adaptive_lr_variance(r, k == 'first_order') if r > least else math.nan for r in rhos]
+                    for k,least in dict(exact=2, first_order=4).items()}
         normal = squared_averages(np.random.default_rng(0).standard_normal((n, 20_000))**2, sqr_mom)
         return pd.DataFrame({'step': np.arange(1, n+1), 'rho': rhos, **lr_variances(self.v[:n], sqr_mom, eps),
                              'normal': lr_variances(normal, sqr_mom, 0*eps).scaled, **analytic})
 
-    def plot(self, ax=None):
-        "The measured variances over the analytic ones, on `ax` or a new one, which is returned"
+    def plot(self,
+        ax=None, # Matplotlib axes; made if not given
+    ): # The axes
+        "The measured variances over the analytic ones"
         df = self.to_frame()
         if df.empty: raise ValueError("nothing is recorded yet: fit first")
         return plot_lr_variance(df, ax)

@@ -16,6 +16,7 @@ __all__ = ['LogTo', 'KeepGoing', 'LogRectifier', 'FailSafe']
 import warnings
 from importlib import import_module
 from importlib.util import find_spec
+from typing import Callable
 
 from fastai.callback import core
 from fastai.callback.core import Callback
@@ -34,7 +35,7 @@ class LogRectifier(_Watcher):
     "Call a function with what the rectifier did at each update"
     order = RectifierRecorder.order-1
     def __init__(self,
-        log, # Called with a dict of numbers: `epoch` (with its fraction), `rect_0`, `effective_lr_0`, `rect_1`, …; or 'wandb'
+        log:Callable|str, # Called with a dict of numbers: `epoch` (with its fraction), `rect_0`, `effective_lr_0`, `rect_1`, …; or 'wandb'
     ):
         if not callable(log) and log != 'wandb': raise ValueError(f"log must be a function of a dict or 'wandb', got {log!r}")
         self.log = log
@@ -63,13 +64,24 @@ class FailSafe(Callback):
     def name(self): return self.cb.name
 
     def __call__(self, event_name):
-        self.cb.learn = self.learn
+        self.cb.learn,logger = self.learn,self.learn.logger
         if event_name == 'before_fit': self.cb.run = True
         try: self.cb(event_name)
         except _CONTROL: raise
         except Exception as e:
             if event_name == 'before_fit' or event_name == 'before_train' and not self.learn.train_iter: raise # before the first batch
             _sit_out(self.cb, f'{type(self.cb).__name__} failed in {event_name}', e)
+        if event_name == 'before_fit' and self.learn.logger != logger: self._guard(self.learn.logger, logger)
+
+    def _guard(self, write, former):
+        "Let `write`, with which the callback took the place of `former` as the `Learner`'s logger, end its part, too"
+        def logger(row):
+            try: write(row)
+            except Exception as e:
+                _sit_out(self.cb, f'{type(self.cb).__name__} failed to log a row', e)
+                self.learn.logger = former
+                former(row)
+        self.learn.logger = logger
 
 # %% ../nbs/11_loggers.ipynb #93b3ff5c
 def _former(cls, name):

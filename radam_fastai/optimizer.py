@@ -24,9 +24,10 @@ import torch
 from fastai.optimizer import Optimizer
 from fastcore.basics import patch
 from fastcore.foundation import L
+from fastcore.meta import delegates
 from torch import Tensor
 
-from .bucket import Buckets, fastai_keys
+from .bucket import Buckets, check_distinct, fastai_keys
 from .checkpoint import check_count, check_fit, check_slow_weights, hyper_names, keep_flags, plain_hypers, read_state
 from .functional import check_hypers, check_settings, copy_like, renamed
 from .rectify import check_threshold, rectification
@@ -43,7 +44,7 @@ def check_params(
         if isinstance(p, Tensor): continue
         hint = ": groups are lists of tensors here; groups as dicts are for radam_fastai.torch_optim.RAdam"*isinstance(p, dict)
         raise TypeError(f"`params` must be tensors or lists of tensors, got {type(p).__name__}{hint}")
-    if len(set(map(id, ps))) < len(ps): raise ValueError("a parameter appears more than once in `params`: it would be updated twice a step")
+    check_distinct(ps)
     return params
 
 # %% ../nbs/02_optimizer.ipynb #bce446d2
@@ -189,6 +190,7 @@ reference_settings = {
 # %% ../nbs/02_optimizer.ipynb #4e31386f
 class Ranger(RAdam):
     "RAdam with Lookahead (arXiv:1907.08610), a drop-in for `fastai.optimizer.ranger`"
+    @delegates(RAdam.__init__)
     def __init__(self,
         params:Tensor|Iterable, # Model parameters, or lists of them (one per group)
         lr:float|slice, # Default learning rate, at least 0

@@ -234,7 +234,7 @@ def plot_lr_variance(
     ax = new_axes(ax, figsize=(5.5, 4))
     for k,(label,style) in variance_lines.items(): ax.plot(df.step, df[k], label=label, **style)
     infinite = df.step[df.rho <= 4]
-    if len(infinite): ax.axvspan(infinite.min()-.5, infinite.max()+.5, color='lightgrey', lw=0, label='analytic: infinite')
+    if len(infinite): ax.axvspan(infinite.min()-.5, infinite.max()+.5, color='lightgrey', lw=0, label='first order: infinite')
     ax.set(yscale='log', xlabel='update', ylabel='variance of the adaptive learning rate [1/σ²]')
     _legend_below(ax, ncols=2)
     return ax
@@ -249,14 +249,15 @@ def plot_runs(
     styles = _styles([r['opt'] for r in records])
     for r,style in zip(records, styles):
         s,e,kw = r['steps'],r['epochs'],dict(style, label=f"{r['opt']}, seed {r['seed']}")
-        x = np.arange(1, r['n_steps']+1)
+        x = np.arange(1, len(s['loss'])+1)
         axs[0].plot(x, s['loss'], lw=.7, alpha=.5, color=kw['color'])
         axs[0].plot([o['step'] for o in e], [o['valid_loss'] for o in e], marker='o', ms=4, **kw)
-        if r['rectifier']: axs[1].plot(x, np.array(s['rect'], dtype=float), **kw)
+        if r.get('rectifier'): axs[1].plot(x, np.array(s['rect'], dtype=float), **kw)
         axs[2].plot(x, s['effective_lr'], **kw)
     for ax,t in zip(axs, ['loss (thin: training batches, dots: validation)', 'rectification $r_t$', 'effective learning rate']):
         ax.set(title=t, xlabel='update')
-    if waits := [w for r in records if r['rectifier'] and (w := next((i for i,o in enumerate(r['steps']['rect']) if o is not None), 0))]:
+    rects = [r['steps']['rect'] for r in records if r.get('rectifier')]
+    if waits := [w for rect in rects if (w := next((i for i,o in enumerate(rect) if o is not None), 0))]:
         for ax in axs[1:]: _shade(ax, 1, max(waits))
     fig.legend(*axs[0].get_legend_handles_labels(), loc='outside lower center', ncols=4, frameon=False)
     axs[1].set_ylim(0, 1.05)

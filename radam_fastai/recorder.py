@@ -24,9 +24,10 @@ import numpy as np
 import pandas as pd
 import torch
 from fastai.torch_core import rank_distrib
+from fastcore.foundation import L
 
 from .checkpoint import readings
-from .files import append_whole
+from .files import append_whole, replacing
 from .introspect import find_rectifier, innermost, no_rectifier, param_counts, read
 from .plot import new_axes, plot_lr, plot_rect
 from .torch_optim import _WriteThrough
@@ -45,7 +46,8 @@ class _Rows(_StepWatcher):
         self.run,self.how = not in_finder(self.learn) and not hasattr(self, 'gather_preds'),find_rectifier(self.opt)
 
     def has_stepped(self):
-        return any(not n or n != self.last.get((group,i)) for group,counts in enumerate(param_counts(self.opt)) for i,n in counts.items())
+        counts = [((group,i), n) for group,ns in enumerate(param_counts(self.opt)) for i,n in ns.items()]
+        return any(n != self.last.get(k) if n else not self.how for k,n in counts) # what does not rectify may keep no counts
 
     def stepped(self):
         for group,(counts,hyper) in enumerate(zip(param_counts(self.opt), self.opt.hypers)):
@@ -77,7 +79,7 @@ class _ShownOpt:
     def __setattr__(self, k, v): setattr(self._opt, k, v)
     def __reduce_ex__(self, protocol): return self._opt.__reduce_ex__(protocol) # a copy is one of the optimizer
     @property
-    def hypers(self): return [_WriteThrough({**h, **self._shown.get(i, {})}, h.__setitem__) for i,h in enumerate(self._opt.hypers)]
+    def hypers(self): return L(_WriteThrough({**h, **self._shown.get(i, {})}, h.__setitem__) for i,h in enumerate(self._opt.hypers))
 
 # %% ../nbs/10_recorder.ipynb #e8dd4cf7
 def _call_showing(learn, rec, event_name):
@@ -200,7 +202,7 @@ class _Tabled(_Filed):
     def before_train(self): self.epoch_start = len(self.data)
 
     def after_validate(self):
-        if self.epoch_start is None or not self.in_table: return
+        if self.epoch_start is None or not self.in_table or hasattr(self, 'gather_preds'): return # of the epoch's own validation alone
         self.recorder.log += _epoch_means(_frame(self.data[self.epoch_start:], self.columns), self.how.sgd_phase)
 
 def _only_hypers(opt, how):
@@ -227,7 +229,7 @@ class RectifierRecorder(_Tabled):
         path:str|Path, # File to write
     ):
         "Save the rows"
-        self.to_frame().to_csv(path, index=False)
+        with replacing(path) as tmp: self.to_frame().to_csv(tmp, index=False)
 
     def plot(self,
         axs=None, # Two matplotlib axes; made if not given

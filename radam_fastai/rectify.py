@@ -54,14 +54,14 @@ def rho(
 
 # %% ../nbs/00_rectify.ipynb #691a5e07
 def check_threshold(threshold:float):
-    "Raise a `ValueError` unless `threshold` is at least 4, where the variance becomes finite"
-    if not 4 <= threshold < math.inf: raise ValueError(f"threshold must be at least 4 (below it the variance is infinite), got {threshold}")
+    "Raise a `ValueError` unless `threshold` is at least 4, above which r_t is defined"
+    if not 4 <= threshold < math.inf: raise ValueError(f"threshold must be at least 4 (r_t needs rho above 4), got {threshold}")
 
 # %% ../nbs/00_rectify.ipynb #d048c409
 def rectification(
     step:int, # Gradients seen so far, from 1
     sqr_mom:float, # Gradient squared moving average (β2) coefficient, in [0, 1)
-    threshold:float=5, # The adaptive phase needs rho above this; at least 4, where the variance becomes finite
+    threshold:float=5, # The adaptive phase needs rho above this; at least 4, above which r_t is defined
 ) -> float|None: # r_t in (0, 1], or `None` in the momentum phase
     "The factor r_t on the learning rate (Algorithm 2 of arXiv:1908.03265), or `None` while Adam's denominator is not to be used"
     check_threshold(threshold)
@@ -107,11 +107,12 @@ def untuned_exponential(
 
 # %% ../nbs/00_rectify.ipynb #d3eb1fe1
 def adaptive_lr_variance(
-    rho:float, # Length of the average, above 4
+    rho:float, # Length of the average: above 4, or above 2 for the exact value
     first_order:bool=True, # The approximation that RAdam uses; `False`: the exact value
 ) -> float: # In units of 1/σ², σ the standard deviation of the gradients
     "Variance of 1/sqrt(v) when v averages `rho` squared normal gradients (proof of Theorem 1, and section 4, of arXiv:1908.03265)"
-    if not rho > 4: raise ValueError(f"the variance needs rho above 4, got {rho}")
+    least = 4 if first_order else 2 # where it is infinite
+    if not rho > least: raise ValueError(f"the variance needs rho above {least}, got {rho}")
     if first_order: return rho / (2*(rho-2)*(rho-4))
     mean = math.sqrt(rho/2) * math.exp(math.lgamma((rho-1)/2) - math.lgamma(rho/2))
     return rho/(rho-2) - mean**2

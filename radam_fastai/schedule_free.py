@@ -17,6 +17,7 @@ __all__ = ['RAdamScheduleFreeFn', 'RAdamScheduleFree', 'ScheduleFree']
 
 # %% ../nbs/05_schedule_free.ipynb #677e7e67
 from collections import defaultdict
+from contextlib import closing, suppress
 from copy import deepcopy
 from functools import partial
 from importlib.util import find_spec
@@ -25,7 +26,8 @@ from numbers import Real
 from typing import Iterable
 
 import torch
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelBatchException
+from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import ParamScheduler
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import no_random
@@ -37,7 +39,7 @@ from .checkpoint import keep_flags
 from .functional import check_hypers
 from .optimizer import check_params, fastai_names
 from .torch_optim import RAdamWrapper
-from .watching import in_finder
+from .watching import _Watcher, in_finder
 
 # %% ../nbs/05_schedule_free.ipynb #410b1b54
 def _library():
@@ -170,30 +172,48 @@ def _training_norms(model):
 
 @torch.no_grad()
 def _recalibrate(model, norms, batches):
-    "Set the running statistics of `norms` to their mean over `batches`"
-    before = [(m.training, m.momentum) for m in norms]
-    for m in norms:
-        m.reset_running_stats()
-        m.train().momentum = None # a plain mean
-    for xb in batches: model(*xb)
-    for m,(training,momentum) in zip(norms, before): m.train(training).momentum = momentum
+    "Set the running statistics of `norms` to their mean over `batches`, with the rest of `model` in evaluation mode"
+    modes,was,done = [(m, m.training) for m in model.modules()],[(m.momentum, [b.clone() for b in m.buffers()]) for m in norms],False
+    model.eval()
+    try:
+        for m in norms:
+            m.reset_running_stats()
+            m.train().momentum = None # a plain mean
+        for xb in batches: model(*xb)
+        done = True
+    finally:
+        for m,training in modes: m.training = training
+        for m,(momentum,buffers) in zip(norms, was):
+            m.momentum = momentum
+            if done and m.num_batches_tracked and all(b.isfinite().all() for b in m.buffers()): continue
+            for b,old in zip(m.buffers(), buffers): b.copy_(old) # no batch, a NaN or an interruption: as they were
 
 # %% ../nbs/05_schedule_free.ipynb #1b882a03
+_IN_TRAINING = ParamScheduler,MixedPrecision,_Watcher # callbacks whose `before_batch` is not about the inputs
+
 class _Calibrating(Callback):
     "Sets the running statistics of the batch norms in `stale` before they are needed"
     def _calibrate(self):
-        norms,self.stale = self.stale,[]
-        if norms and self.bn_batches: _recalibrate(self.model, norms, self._batches())
+        if self.stale and self.bn_batches:
+            with closing(self._batches()) as batches: _recalibrate(self.model, self.stale, batches)
+        self.stale = []
 
     def _batches(self):
         "Inputs of training batches; neither the data's nor anyone else's random numbers move on"
         dl,learn = self.dls.train,self.learn
-        rng = deepcopy(getattr(dl, 'rng', None))
-        with no_random():
-            for b in islice(dl, self.bn_batches):
-                learn._split(learn._set_device(b))
-                yield learn.xb
-        if rng is not None: dl.rng = rng
+        rng,was = deepcopy(getattr(dl, 'rng', None)),getattr(learn, 'training', False)
+        try:
+            with no_random():
+                for b in islice(dl, self.bn_batches):
+                    learn._split(learn._set_device(b))
+                    learn.training = True
+                    with suppress(CancelBatchException):
+                        for cb in learn.cbs.sorted('order'):
+                            if cb is not self and not isinstance(cb, _IN_TRAINING): cb('before_batch') # they may change the inputs
+                        yield learn.xb
+        finally:
+            learn.training = was
+            if rng is not None: dl.rng = rng
 
 # %% ../nbs/05_schedule_free.ipynb #8b41866d
 class ScheduleFree(_Calibrating):

@@ -24,8 +24,8 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import Tensor
 
-from .bucket import Buckets, torch_keys
-from .checkpoint import check_fit, hyper_names, keep_flags, read_state, readings
+from .bucket import Buckets, check_distinct, torch_keys
+from .checkpoint import check_fit, hyper_names, keep_flags, read_state, readings, two_betas
 from .functional import check_hypers, copy_like
 
 # %% ../nbs/04_torch_optim.ipynb #8ac32b70
@@ -33,9 +33,15 @@ def _hypers(group):
     "The hyper-parameters of a torch parameter `group`, in their ranges"
     for k in ('capturable', 'differentiable'):
         if group[k]: raise ValueError(f"{k}=True is not available here (the rectifier is computed on the host): use torch.optim.RAdam")
-    betas = group['betas']
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2: raise ValueError(f"betas must be two numbers, got {betas!r}")
-    return check_hypers(lr=group['lr'], mom=betas[0], sqr_mom=betas[1], eps=group['eps'], wd=group['weight_decay'])
+    mom,sqr_mom = two_betas(group['betas'])
+    return check_hypers(lr=group['lr'], mom=mom, sqr_mom=sqr_mom, eps=group['eps'], wd=group['weight_decay'])
+
+def _plain(group):
+    "Let flags be `bool` and `betas` a tuple, whatever stands for them in `group`"
+    flags = 'decoupled_weight_decay','foreach','maximize','capturable','differentiable'
+    group.update({k: bool(group[k]) for k in flags if group.get(k) is not None})
+    if 'betas' in group: group['betas'] = two_betas(group['betas'])
+    return group
 
 def _settings(group):
     return dict(decouple_wd=group['decoupled_weight_decay'], maximize=group['maximize'], foreach=group['foreach'], eps_debiased=False)
@@ -58,13 +64,18 @@ class RAdam(torch.optim.Optimizer):
     ):
         if isinstance(lr, Tensor) and lr.numel() != 1: raise ValueError(f"a tensor lr must have 1 element, got {lr.numel()}")
         self._buckets = Buckets(torch_keys)
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, decoupled_weight_decay=decoupled_weight_decay,
-                                      foreach=foreach, maximize=maximize, capturable=capturable, differentiable=differentiable))
+        super().__init__(params, _plain(dict(
+            lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, decoupled_weight_decay=decoupled_weight_decay, foreach=foreach,
+            maximize=maximize, capturable=capturable, differentiable=differentiable)))
 
     def add_param_group(self, param_group:dict):
         "Check the hyper-parameters of a group, and add it"
         _hypers({**self.defaults, **param_group})
-        super().add_param_group(param_group)
+        super().add_param_group(_plain(param_group))
+        try: check_distinct(self.param_groups[-1]['params'])
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
 # %% ../nbs/04_torch_optim.ipynb #1a6d1b53
 @patch
@@ -94,15 +105,15 @@ def __setstate__(self:RAdam, state):
 def _to_torch(sd, groups):
     "A state in fastai's layout in torch's, with the further settings of `groups`"
     names,n = {'grad_avg': 'exp_avg', 'sqr_avg': 'exp_avg_sq'},count()
-    hypers,own = [{**_hypers(g), **h} for g,h in zip(groups, sd['hypers'])],lambda h: {k: v for k,v in h.items() if k not in hyper_names}
+    def own(h): return {k: v for k,v in h.items() if k not in hyper_names}
     return {'state': {i: {names.get(k, k): v for k,v in s.items()} for i,s in enumerate(sd['state'])},
             'param_groups': [{**g, **own(h), 'params': [next(n) for _ in g['params']], 'lr': h['lr'], 'betas': (h['mom'], h['sqr_mom']),
-                              'eps': h['eps'], 'weight_decay': h['wd']} for g,h in zip(groups, hypers)]}
+                              'eps': h['eps'], 'weight_decay': h['wd']} for g,h in zip(groups, sd['hypers'])]}
 
 def _readable(opt, state_dict):
     "`state_dict` in torch's layout, once it is known to fit `opt`"
     sd = read_state(state_dict)
-    check_fit(sd, [g['params'] for g in opt.param_groups], [{**_hypers(g), 'beta': 0.} for g in opt.param_groups])
+    check_fit(sd, [g['params'] for g in opt.param_groups], [{'beta': 0.}]*len(opt.param_groups))
     if also := {'slow_weights', 'count'} & set(sd):
         raise ValueError(f"this is the state of a Lookahead optimizer (it has {', '.join(sorted(also))}): load it into "
                          f"radam_fastai.optimizer.Ranger")

@@ -9,11 +9,13 @@ fit if the callback fails? The answers are here, so that every such callback giv
 __all__ = []
 
 # %% ../nbs/25_watching.ipynb #cd679fb1
+import math
 import warnings
 from numbers import Integral
 
 from fastai.callback.core import Callback
 from fastai.callback.schedule import LRFinder
+from fastai.callback.training import GradientAccumulation
 
 # %% ../nbs/25_watching.ipynb #04e89a4f
 def in_finder(
@@ -21,6 +23,14 @@ def in_finder(
 ) -> bool:
     "Whether the fit is a learning rate finder's"
     return any(isinstance(cb, LRFinder) for cb in learn.cbs)
+
+def batches_per_update(
+    learn, # A `Learner`
+) -> int: # One, or more if gradients are accumulated
+    "How many batches an update takes"
+    n_acc = next((cb.n_acc for cb in learn.cbs if isinstance(cb, GradientAccumulation)), 0)
+    bs = next((n for k in ('bs', 'batch_size') if (n := getattr(learn.dls.train, k, None))), 1) # fastai's name, PyTorch's
+    return max(1, math.ceil(n_acc/bs))
 
 # %% ../nbs/25_watching.ipynb #36282077
 class _Watcher(Callback):

@@ -1,4 +1,5 @@
 """The advisor's numbers against r_t on the step counts of runs that were really made, and its advice for each way to go wrong."""
+import math
 import re
 import warnings
 from functools import partial
@@ -76,7 +77,9 @@ def test_nothing_to_advise(sqr_mom, n, schedule, start): assert warmup_report(sq
 
 @pytest.mark.parametrize('args, error, match', [
     ((1.,10), ValueError, r'\[0, 1\), got 1.0'), ((.99,0), ValueError, 'n_steps must be a whole number of at least 1, got 0'),
-    ((.99,1.5), ValueError, 'got 1.5'),
+    ((.99,1.5), ValueError, 'got 1.5'), ((.99,735.), ValueError, 'got 735.0'), ((.99,math.inf), ValueError, 'n_steps .* got inf'),
+    ((.99,10,None,1.5), ValueError, 'start must be a whole number of at least 0, got 1.5'),
+    ((.99,10,None,-5), ValueError, 'start .* got -5'),
     ((.99,10,'cosine'), ValueError, "constant, flat_cos, one_cycle, got 'cosine'"),
     ((fo.Adam(p(), .1),10), ValueError, 'has no rectifier')])
 def test_bad_input(args, error, match):
@@ -121,6 +124,11 @@ def said(capsys, f):
         f()
     return capsys.readouterr().out, [str(w.message)
                                      for w in ws if 'r_t' in str(w.message) or 'warms up' in str(w.message) or 'SGD' in str(w.message)]
+
+def test_advisor_with_pytorchs_loaders(capsys):
+    learn = get_learner(RAdam, cbs=[GradientAccumulation(8)])
+    learn.dls = DataLoaders(*[torch.utils.data.DataLoader(dl.dataset, batch_size=4) for dl in learn.dls.loaders])
+    assert 'over 8 updates\n' in said(capsys, lambda: learn.fit(1, .01))[0]
 
 @pytest.mark.parametrize('cbs, per_epoch', [([], 16), ([GradientAccumulation(8)], 8), ([GradientAccumulation(6)], 8)])
 def test_advisor_knows_how_many_updates_there_will_be(capsys, cbs, per_epoch):

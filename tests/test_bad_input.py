@@ -92,8 +92,7 @@ PARAMS = {'none': (list, 'no parameters|empty'), 'numbers': (lambda: [1., 2.], '
           'twice': (twice, 'more than once|duplicate'),
     'integers': (integers, 'int64|require|gradient|float'), 'complex': (complexes, 'complex')}
 
-# PyTorch warns
-@pytest.mark.parametrize('name,what', [(n, w) for n in OPTS for w in PARAMS if n != 'SGD' and not (w == 'twice' and OPTS[n][1] is TORCH)])
+@pytest.mark.parametrize('name,what', [(n, w) for n in OPTS for w in PARAMS if n != 'SGD'])
 def test_parameters(name, what):
     make,says = PARAMS[what]
     params = make()

@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 import torch
 from fastai.callback.core import Callback
+from matplotlib.figure import Figure
 
 from helpers import alive
 from radam_fastai.bench import callbacks, gpu, main as command, step, train
@@ -190,6 +191,16 @@ def test_bad_option(cli, tmp_path, args, words):
     status,out,err = cli(*args, '--out', tmp_path/'o')
     assert status == 2 and out == '' and err.count('\n') == 1 and err.startswith('radam-bench: ') and words in err
     assert not (tmp_path/'o').exists()
+
+def test_an_interruption_leaves_the_last_figure(tmp_path, monkeypatch):
+    (tmp_path/'step.png').write_bytes(b'whole')
+    def half(self, path, **kwargs):
+        Path(path).write_bytes(b'half')
+        raise KeyboardInterrupt
+    monkeypatch.setattr(Figure, 'savefig', half)
+    o = SimpleNamespace(out=tmp_path, what='step', models=['tiny'], rounds=1, device='cpu', threads=1, seed=0)
+    with pytest.raises(KeyboardInterrupt): step.measure(o, '', lambda model, **_: [dict(a=1.)], dict(a='a'), lambda df: Figure())
+    assert (tmp_path/'step.png').read_bytes() == b'whole' and (tmp_path/'step.csv').read_text() == 'a\n1.0\n'
 
 def test_bad_folder(cli, tmp_path):
     (tmp_path/'file').touch()

@@ -11,8 +11,9 @@ from PIL import Image
 
 from helpers import short_header
 from radam_fastai.experiments import images, main as experiment, sweep, theory
+from radam_fastai.experiments.images import part
 from radam_fastai.experiments.main import EXPERIMENTS
-from radam_fastai.experiments.sweep import BETTER, ExperimentSettings, get_runs, labels, merit_table, near_range, sweep_table
+from radam_fastai.experiments.sweep import METRICS, ExperimentSettings, get_runs, labels, merit_table, near_range, sweep_table
 from radam_fastai.recipes.cli import OptionError, RecipeError
 from radam_fastai.recipes.data import crop_flip, tensor_dls
 from radam_fastai.recipes.jobs import run_job
@@ -135,6 +136,11 @@ def test_sweep_table_against_numpy():
     for row,o in enumerate(('adam','radam')):
         for lr in (.1,.01): assert df[f'lr {lr}'][row] == f'{np.mean(accs[o,lr]):.3f} ± {np.std(accs[o,lr], ddof=1):.3f}'
 
+def test_runs_of_one_name_are_refused(cli, tmp_path):
+    "Names have six digits of a learning rate"
+    status,_,err = cli('experiment', 'lr-robustness', '--lrs', '.01,.01000001', '--runs', 1, '--out', tmp_path/'o')
+    assert status == 2 and 'two runs would be called adam-lr0.01-' in err and not (tmp_path/'o').exists()
+
 def test_labels_tell_settings_apart():
     rs = [rec('adam-warmup', .1, 0, .5, n_steps=n) for n in (10,20)] + [rec('adam', .1, s, .5)
                                                                         for s in range(3)] + [rec('adam-eps', .1, 0, .5, eps=1e-4)]
@@ -145,14 +151,14 @@ def test_labels_tell_settings_apart():
 
 @pytest.mark.parametrize('means,text', [({.1:.7,.01:.695,.001:.5}, '0.01 – 0.1 (×10)'), ({.1:.7,.01:.6,.001:.7}, '0.001 – 0.001 (×1)'),
                                         ({.1:.7,.03:.6,.01:.7,.003:.695}, '0.003 – 0.01 (×3.33)'), ({.1:.2}, '')])
-def test_near_range(means, text): assert near_range(means, .7, BETTER['accuracy'][1]) == text
+def test_near_range(means, text): assert near_range(means, .7, METRICS['accuracy'].near) == text
 
 def test_perplexity_is_better_when_it_is_lower():
     rs = [rec('adam', lr, 0, a) for lr,a in ((.1,.01),(.01,.02),(.001,.0199))]
     row = merit_table(rs, 'perplexity').iloc[0]
     assert row['best perplexity'] == '50.0' and row['at lr'] == '0.01' and row['within 1 % of its best'] == '0.001 – 0.01 (×10)'
 
-@pytest.mark.parametrize('metric', BETTER)
+@pytest.mark.parametrize('metric', METRICS)
 def test_diverged_runs_are_the_worst(metric):
     rs = [rec('adam', .1, s, a) for s,a in enumerate((.5, .6))] + [rec('adam', .01, s, .1) for s in (0,1)]
     rs[1]['epochs'][-1][metric] = float('nan')
@@ -180,6 +186,10 @@ def test_variance_keeps_learning_rates_apart():
     def run(lr): return dict(rec('radam', lr, 0, .5, sqr_mom=.9), notes=dict(variance={k: [lr] for k in cols}))
     cols = 'step','rho','first_order','exact','normal','pooled','scaled'
     assert theory.show_variance([run(.1), run(.2)])['results']['β2'].tolist() == ['0.9, lr 0.1', '0.9, lr 0.2']
+
+def test_a_part_has_as_many_images_as_were_asked_for():
+    files = {k: [f'{k}{i}' for i in range(9)] for k in 'abc'}
+    assert [[f[0] for f in part(files, n)].count(k) for n in (7, 9) for k in 'abc'] == [3,2,2, 3,3,3] and len(part(files)) == 27
 
 def test_digits_may_be_fewer(cli, tmp_path):
     one = ['--opts', 'adam', '--lrs', '.01', '--runs', 1, '--epochs', 1]

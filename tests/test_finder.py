@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from fastai.callback.training import GradientAccumulation
 
 from helpers import opts, plain_rect, recorded_learner, state_of
 from radam_fastai.finder import rectified_lr_find
@@ -51,6 +52,19 @@ def test_finder_on_a_fresh_learner_leaves_no_optimizer():
     learn,again = recorded_learner(RAdam),recorded_learner(RAdam)
     assert rectified_lr_find(learn, show_plot=False) == again.rectified_lr_find(show_plot=False) # a method, as `lr_find` is
     assert learn.opt is None and not hasattr(learn.recorder, 'lrs')
+
+def test_finder_with_accumulated_gradients():
+    "A batch without an update keeps the rate of the last one; the first tenth has fewer updates"
+    seen = {}
+    def suggest(lrs, losses, num_it):
+        seen['lrs'] = lrs
+        return float(lrs[3]),(float(lrs[3]), float(losses[3]))
+    rectified_lr_find(recorded_learner(RAdam, cbs=[GradientAccumulation(8)]), num_it=130, start_lr=1e-5, end_lr=.1, stop_div=False,
+                      suggest_funcs=suggest, show_plot=False)
+    taken = [1e-5*1e4**(i/130)*plain_rect((i+1)//2, .99, 5) for i in range(1, 130, 2) if (i+1)//2 > 5]
+    assert seen['lrs'][1:21:2].tolist() == pytest.approx(taken[1:11], rel=1e-5)
+    with pytest.raises(ValueError, match='num_it=80 .* the first tenth of the updates'):
+        rectified_lr_find(recorded_learner(RAdam, cbs=[GradientAccumulation(8)]), num_it=80)
 
 @pytest.mark.parametrize('opt_func, num_it, match', [
     (fo.Adam, 100, 'has no rectifier: use learn.lr_find'),

@@ -2,6 +2,7 @@
 import copy
 import math
 import os
+import re
 import warnings
 from datetime import timedelta
 from functools import partial
@@ -98,7 +99,7 @@ def test_all_is_as_the_last_good_update_left_it(tmp_path, opt, bad):
     whole = undisturbed(tmp_path, opt, 7)
     assert identical(held(learn), held(whole))
     assert len(said) == 1 and 'in epoch 1, batch 2' in said[0] and guard.stopped in said[0] and str(tmp_path/'models'/'good.pth') in said[0]
-    with pytest.raises(AssertionError, match=names): raise AssertionError(said[0])
+    assert re.search(names, said[0])
     assert all(p.grad is None or not p.grad.any() for p in learn.model.parameters()) # fastai's own write zeros
 
 @each

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from fastai.basics import Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelTrainException, load_learner
-from fastai.callback.all import CSVLogger, ShortEpochCallback
+from fastai.callback.all import CSVLogger, FetchPredsCallback, ShortEpochCallback
 
 from helpers import At, Raise, SkipAt, means, opts, recorded_learner, state_of, unchanged_by_a_failing_fit
 from radam_fastai import loggers
@@ -26,7 +26,7 @@ class SeeHypers(Callback):
     order = 51
     def __init__(self): self.seen,self.saved = [],[]
     def after_batch(self):
-        if self.training: self.seen.append([dict(h) for h in self.opt.hypers])
+        if self.training: self.seen.append(list(self.opt.hypers.map(dict))) # `map`: they are an `L`, as without a recorder
     def after_epoch(self): self.saved.append(self.opt.state_dict())
 
 @pytest.mark.parametrize('name', opts)
@@ -119,14 +119,39 @@ def test_a_row_is_kept_though_another_callback_cancels_what_follows(error):
     learn = recorded_learner(RAdam, cbs=[Raise(error, 'after_step')])
     learn.fit(2, .01)
     df = learn.rectifier.to_frame().query('group == 0')
-    n = 12 if error is CancelFitException else 16 if error is CancelBatchException else 12
+    n = 16 if error is CancelBatchException else 12
     assert df.step.tolist() == list(range(1, n+1)) and not df.event.any()
 
-def test_a_batch_that_is_cancelled_before_its_step_has_no_row():
-    learn = recorded_learner(RAdam, cbs=[Raise(CancelBatchException, 'before_step', 99)])
+@pytest.mark.parametrize('cancel', [lambda: Raise(CancelBatchException, 'before_step', 99), lambda: FirstStep()])
+def test_a_batch_that_is_cancelled_before_its_step_has_no_row(cancel):
+    learn = recorded_learner(RAdam, cbs=[cancel()])
     learn.fit(2, .01)
     df = learn.rectifier.to_frame().query('group == 0')
     assert df.step.tolist() == list(range(1, 16)) and not df.event.any()
+
+class FirstStep(Callback):
+    order = 99
+    def before_step(self):
+        if not self.train_iter: raise CancelBatchException
+
+def test_the_table_with_predictions_fetched():
+    "As WandbCallback does at the end of each epoch, inside its validation"
+    learn = recorded_learner(RAdam, cbs=[FetchPredsCallback()])
+    learn.fit(2, .01)
+    assert [len(v) for v in learn.recorder.values] == [4]*2 and len(learn.rectifier.to_frame()) == 32
+
+@pytest.mark.parametrize('when', [0, 1])
+def test_a_csv_logger_that_cannot_write(when, tmp_path):
+    "It writes through the `Learner`'s logger; the table goes on, in this fit and in the next"
+    class Full(CSVLogger):
+        def _write_line(self, log):
+            if self.epoch == when and len(seen) == when: raise OSError('disk full')
+            super()._write_line(log)
+    learn,seen = recorded_learner(RAdam, cbs=[FailSafe(Full(tmp_path/'log.csv'))]),[]
+    learn.logger = seen.append
+    with pytest.warns(UserWarning, match='Full failed to log a row .* disk full'): learn.fit(3, .01)
+    learn.fit(3, .01)
+    assert [row[0] for row in seen] == [0,1,2]*2
 
 @pytest.mark.parametrize('name', ['RAdam', 'Ranger', 'wrapper', 'fastai', 'ranger'])
 def test_tensorboard(name, tmp_path):
@@ -140,7 +165,7 @@ def test_tensorboard(name, tmp_path):
     df = learn.rectifier.to_frame().query('group == 1')
     logged = {tag: [(s.step, s.value) for s in events.Scalars(tag)] for tag in ('rect_1', 'effective_lr_1', 'rect', 'effective_lr')}
     assert [s for s,_ in logged['rect_1']] == list(range(6, 17)) and [s for s,_ in logged['effective_lr_1']] == list(range(1, 17))
-    assert [v for _,v in logged['rect_1']] == pytest.approx(df.rect[5:].tolist() if df.index[0] == 0 else df.rect.dropna().tolist())
+    assert [v for _,v in logged['rect_1']] == pytest.approx(df.rect.dropna().tolist())
     assert [v for _,v in logged['effective_lr_1']] == pytest.approx(df.effective_lr.tolist())
     assert [v for _,v in logged['rect']] == pytest.approx([means(df, e)[0] for e in range(2)])
     assert [v for _,v in logged['effective_lr']] == pytest.approx([means(df, e)[1] for e in range(2)])

@@ -167,7 +167,7 @@ TRAPS = { # what a careless reader would take: into fastai's kind of state, or t
     'the same in torch\'s state':   (TorchRAdam, ('state', 0, 'grad_avg'), numbers((3,4), 5), 'state 0 has grad_avg'),
     'a state of nobody':            (TorchRAdam, ('state', 9), {}, 'state for 9, which none of its groups has'),
     'a parameter twice':            (TorchRAdam, ('param_groups', 1, 'params'), [2, 0], 'name a parameter twice'),
-    'a third beta':                 (TorchRAdam, ('param_groups', 0, 'betas'), (.9, .99, .5), 'group 0.*betas must be two numbers, got 3'),
+    'a third beta':                 (TorchRAdam, ('param_groups', 0, 'betas'), (.9, .99, .5), 'group 0.*betas must be two numbers'),
     'text that means yes':          (TorchRAdam, ('param_groups', 0, 'decoupled_weight_decay'), 'no',
                                      'group 0.*decoupled_weight_decay must be a bool, got str'),
     'a number as text':             (RAdam, ('hypers', 0, 'lr'), '0.1', "group 0.*lr must be a number, got str '0.1'"),

@@ -222,14 +222,43 @@ def test_same_address_another_stride(o):
 
 @pytest.mark.skipif(not hasattr(torch.Tensor, 'grad_dtype'), reason='PyTorch keeps gradients in the dtype of their parameter')
 @pytest.mark.parametrize('o', [RAdam, Ranger, TorchRAdam])
-def test_gradients_of_another_dtype(o):
+@pytest.mark.parametrize('n', [0, 2, 8])
+def test_gradients_of_another_dtype(o, n):
+    "From the first step on, or later"
     ps = params((3,), (2,))
-    ps[1].grad_dtype = torch.float64
+    opt = run(o(ps, lr=.1), n)
+    ps[1].grad,ps[1].grad_dtype = None,torch.float64
     for p in ps: p.grad = torch.ones_like(p, dtype=p.grad_dtype)
-    opt,before = o(ps, lr=.1),[p.detach().clone() for p in ps]
+    before = [p.detach().clone() for p in ps]
     for _ in range(2):
         with pytest.raises(TypeError, match=r'parameter 1, shape \(2,\) is torch.float32, its gradient torch.float64'): opt.step()
     assert all(map(torch.equal, ps, before))
+
+@pytest.mark.parametrize('o', [RAdam, TorchRAdam])
+@pytest.mark.parametrize('n', [2, 8])
+@pytest.mark.parametrize('rows, now', [(4, 8), (8, 4)])
+def test_a_parameter_of_another_size(o, n, rows, now):
+    "At the same address, as a view of more or of less of its memory"
+    memory = torch.ones(8, 3)
+    p = nn.Parameter(memory[:rows])
+    opt = run(o([p], lr=.1), n)
+    p.data = memory[:now]
+    p.grad,before = torch.ones_like(p),memory.clone()
+    with pytest.raises(TypeError, match=rf'averages are torch.float32 of shape \({rows}, 3\)'): opt.step()
+    assert torch.equal(memory, before)
+
+@pytest.mark.parametrize('o, key', [(RAdam, 'grad_avg'), (RAdam, 'sqr_avg'), (TorchRAdam, 'exp_avg'), (TorchRAdam, 'exp_avg_sq')])
+def test_averages_of_another_shape(o, key):
+    p, = ps = params((8, 3))
+    opt = run(o(ps, lr=.1), 8)
+    opt.state[p][key] = torch.ones(4, 3)
+    p.grad,before = torch.ones_like(p),p.detach().clone()
+    with pytest.raises(TypeError, match=r'shape \(8, 3\) is .* now, its averages are torch.float32 of shape \(4, 3\)'): opt.step()
+    assert torch.equal(p, before)
+
+def test_other_shapes_are_not_fused():
+    a,b = torch.zeros(8, 3),torch.zeros(4, 3)
+    assert can_fuse(a, a) and not can_fuse(a, a, b) and not can_fuse(b, b, a)
 
 def test_other_devices_are_not_fused():
     p = torch.ones(3)

@@ -74,7 +74,7 @@ def test_a_run_that_fails(whole, tmp_path, capsys):
     run_job(runs(), tmp_path/'out', 'test', True, True, engine=Engine(2))
     equal_jobs(whole, tmp_path/'out')
 
-def blind(folder, told, name, share, parcel=None): return parallel._work(Path('nowhere'), Path('nowhere'), name, share, parcel)
+def blind(folder, progress, name, share, payload=None): return parallel._work(Path('nowhere'), Path('nowhere'), name, share, payload)
 
 def test_workers_that_do_not_see_the_folder(whole, tmp_path, monkeypatch, capsys):
     "Checkpoints come back after every epoch, and the run goes on from there"
@@ -134,17 +134,17 @@ def test_a_job_that_has_ended_is_not_written_to(tmp_path):
 def test_a_call_that_always_kills_its_worker(monkeypatch, tmp_path):
     "It is given up the third time that it has nothing new to tell; the others go on"
     monkeypatch.setattr(Engine, 'start', lambda self: parallel.nullcontext(2))
-    turns = []
-    def turn(self, names):
-        turns.append(names)
-        self.board.notes['a'] = 'epoch 1' if len(turns) > 1 else ''
-        if len(turns) == 3: yield Outcome('b', 1)
-        if len(turns) == 5: yield Outcome('c', 2)
-        self.lost = ['a'] if len(turns) < 5 else []
-    monkeypatch.setattr(parallel.Turns, 'turn', turn)
+    attempts = []
+    def attempt(self, names):
+        attempts.append(names)
+        self.board.notes['a'] = 'epoch 1' if len(attempts) > 1 else ''
+        if len(attempts) == 3: yield Outcome('b', 1)
+        if len(attempts) == 5: yield Outcome('c', 2)
+        self.lost = ['a'] if len(attempts) < 5 else []
+    monkeypatch.setattr(parallel.Retries, 'attempt', attempt)
     got = list(parallel.side_by_side(dict.fromkeys('abc', len), tmp_path, Engine(2)))
     assert [(o.name, o.value) for o in got] == [('b', 1), ('a', None), ('c', 2)] and 'died three times' in got[1].error
-    assert turns == [['a','b','c']]*3 + [['a','c'], ['c']]
+    assert attempts == [['a','b','c']]*3 + [['a','c'], ['c']]
 
 # What a worker gets
 
@@ -228,6 +228,8 @@ def test_the_plan(whole, tmp_path, capsys):
     assert [l.split() for l in text.splitlines()[1:5]] == [['radam-1','finished','0:00:30'], ['radam-2','finished','0:00:30'],
                                                            ['adam-1','2','of','3','epochs','0:00:20'], ['adam-2']]
     assert text.endswith('\n2 of 4 runs are finished, the rest takes about 0:00:20 with 2 at once\n')
+    show_plan(runs(), out, Engine(cluster='dask:there'))
+    assert capsys.readouterr().out.endswith('the rest takes about 0:00:40 on one worker\n')
     assert {p: p.read_bytes() for p in out.iterdir()} == before
 
 # On the command line

@@ -367,7 +367,7 @@ def test_forgotten_resume(cli, tiny, tmp_path, monkeypatch):
     assert len(read_records(tmp_path/'records.jsonl')) == 19 and table.n.tolist() == [3]*6
     assert 'Left out: 1' in (tmp_path/'table.md').read_text()
 
-def interrupted_at(n, calls=None):
+def interrupted_at(n):
     calls = []
     def f(*args):
         calls.append(args)

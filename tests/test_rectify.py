@@ -71,7 +71,7 @@ def test_untuned_warmups():
     assert [untuned_linear(t, .99) for t in (1, 100, 200, 300)] == pytest.approx([.005, .5, 1, 1])
     assert [untuned_exponential(t, .99) for t in (1, 100)] == pytest.approx([1-math.exp(-.01), 1-math.exp(-1)])
 
-@pytest.mark.parametrize('rho', [4.5, 6, 20, 199])
+@pytest.mark.parametrize('rho', [3, 4.5, 6, 20, 199])
 def test_variance_against_sampled_averages(rho):
     "1/sqrt of a mean of `rho` squared normals is what the theorem is about, and has that variance"
     chi2 = np.random.default_rng(0).chisquare(rho, 2_000_000)
@@ -86,6 +86,7 @@ def test_simulated_variance_of_two_steps():
 @pytest.mark.parametrize('f,args,says', [
     (rho_inf, (1.,), 'got 1.0'), (rho_inf, (-.1,), 'got -0.1'), (rho, (5, math.nan), 'got nan'), (rho, (0, .99), 'got 0'),
     (rho, (math.inf, .99), 'got inf'),
-    (rectification, (5, .99, 3.9), 'got 3.9'), (untuned_linear, (5, 2.), 'got 2.0'), (adaptive_lr_variance, (4.,), 'got 4.0')])
+    (rectification, (5, .99, 3.9), 'got 3.9'), (untuned_linear, (5, 2.), 'got 2.0'), (adaptive_lr_variance, (4.,), 'above 4, got 4.0'),
+    (adaptive_lr_variance, (2., False), 'above 2, got 2.0')])
 def test_bad_input_is_named(f, args, says):
     with pytest.raises(ValueError, match=says): f(*args)

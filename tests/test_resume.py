@@ -292,7 +292,7 @@ def test_one_of_many_that_start_at_once(tmp_path):
     alone, = one(tmp_path/'alone', epochs=3)
     assert all(r['steps'] == alone['steps'] for r in records)
 
-def test_a_killed_job_leaves_no_lock(whole, tmp_path):
+def test_a_killed_job_leaves_no_lock(tmp_path):
     "Not even if a process of its own outlives it, as those that read images do for some seconds"
     def job():
         with jobs.only_job(tmp_path/'out'):
@@ -318,7 +318,7 @@ def test_disk_full_while_saving(part, monkeypatch):
 
 def test_epoch_seeds():
     assert len({epoch_seed(s, e) for s in range(50) for e in range(200)}) == 10_000
-    assert epoch_seed(2**31, 999) == epoch_seed(2**31, 999)
+    assert epoch_seed(42, 3) == 2541583436 # another number would change every resumed run
 
 def test_random_numbers_of_an_epoch_do_not_depend_on_those_before(tmp_path):
     "A callback that draws numbers in the first epoch changes nothing in the order of the second"

@@ -16,7 +16,7 @@ from PIL import Image
 from radam_fastai.files import replacing
 from radam_fastai.recipes import demo
 from radam_fastai.recipes.cli import RecipeError, check_ranges
-from radam_fastai.recipes.jobs import Run, run_job
+from radam_fastai.recipes.jobs import Run, run_job, sort_records
 from radam_fastai.recipes.optims import OPTIMS, SCHEDS, Optim, Settings, optims
 from radam_fastai.recipes.records import RunRecorder, append_record, read_records, read_runs, rectifier_summary, steps_frame
 from radam_fastai.recipes.report import compare, conditions, groups, mean_std, report, summary
@@ -172,6 +172,12 @@ def test_skipped_steps_are_not_recorded():
     with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=[rec, SkipAt(0, 3)])
     assert [s['step'] for s in rec.steps] == list(range(1, len(learn.dls.train)-1))
 
+def test_a_batch_without_gradients_is_no_step():
+    learn,rec = demo.get_learner('radam'),RunRecorder()
+    def forget(): rec.opt.zero_grad()
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=[rec, Callback(after_backward=lambda _: forget() if not rec.iter else None)])
+    assert [s['step'] for s in rec.steps] == list(range(1, len(learn.dls.train)))
+
 def test_rectifier_summary():
     steps = [dict(step=t, rect=rectification(t, .99)) for t in range(1, 21)]
     summ = rectifier_summary(steps)
@@ -252,7 +258,12 @@ HOSTILE = {'no opt': dict(opt=None), 'a formula': dict(opt='$\\b$'), 'options': 
     'steps of text': dict(steps=dict(step=[1], loss=['=cmd'], lr=[.1], effective_lr=[.1], rect=[None])),
     'a number without end': dict(epochs=[dict(epoch=0, step=1, train_secs=1., secs=1., accuracy=10**400)]), 'no hypers': dict(hypers=[]),
     'other data': dict(data=dict(name='d')),
-    'a figure of nothing': dict(published=dict(metric='bleu', mean=.5))}
+    'a figure of nothing': dict(published=dict(metric='bleu', mean=.5)),
+    'a figure of text': dict(published=dict(metric='accuracy', mean=.5, std='x')), 'runs of text': dict(published=dict(metric='accuracy',
+                                                                                                        mean=.5, runs='20')),
+    'a preset of no name': dict(preset=3), 'no loss': dict(epochs=[dict(epoch=0, step=1, train_secs=1., secs=1., accuracy=.5)]),
+    'step 0': dict(steps=dict(step=[0], loss=[1.], lr=[.1], effective_lr=[.1], rect=[None])), 'a rectifier of text': dict(rectifier='x'),
+    'a β2 of 2': dict(hypers=[dict(sqr_mom=2.)])}
 
 @pytest.mark.parametrize('command', ['imagenette', 'experiment'])
 @pytest.mark.parametrize('what', HOSTILE)
@@ -292,6 +303,16 @@ def test_records_without_what_an_experiment_shows(cli, tmp_path):
     append_record(tmp_path/'records.jsonl', rec(recipe='lr-robustness', opt='adam'))
     status,out,err = cli('experiment', '--report', tmp_path)
     assert status == 2 and 'a record of lr-robustness lacks what its tables need' in err and len(err.splitlines()) == 1
+
+def test_names_that_look_like_numbers(tmp_path):
+    append_record(tmp_path/'r.jsonl', rec(data=dict(name='Infinity', train=1, valid=1)))
+    assert read_runs(tmp_path/'r.jsonl')[0]['data']['name'] == 'Infinity'
+
+def test_records_are_sorted_beside_lines_that_are_none(tmp_path):
+    path = tmp_path/'records.jsonl'
+    path.write_text('{"run": "b"}\n{"run": ["a"]}\nx\n{"run": "a"}\n')
+    sort_records(path, ['a','b'])
+    assert path.read_text() == '{"run": "a"}\n{"run": ["a"]}\nx\n{"run": "b"}\n'
 
 def test_numbers_that_json_does_not_have(tmp_path):
     "Each line is strict JSON, as other programs read it; older lines have NaN"

@@ -1,4 +1,5 @@
 "RAdamScheduleFree in a Learner beside the library's own loop, update by update, and at every event at which weights are read"
+import math
 import warnings
 from contextlib import nullcontext
 from copy import deepcopy
@@ -6,14 +7,15 @@ from functools import partial
 
 import pytest
 import torch
-from fastai.basics import Callback, CancelFitException, CancelStepException, Learner
+from fastai.basics import Callback, CancelBatchException, CancelFitException, CancelStepException, Learner
 from fastai.callback.all import GradientAccumulation, SaveModelCallback
 from fastai.callback.fp16 import AMPMode
 from fastai.learner import load_learner
 from torch import nn
 
-from helpers import At, all_equal, assert_same, flat, get_dls, get_learner as learner_of, get_model, halves, mse
-from radam_fastai.guard import load_strict
+from helpers import At, all_equal, assert_same, flat, get_dls, get_learner as learner_of, get_model, halves, identical, mse
+from radam_fastai import schedule_free
+from radam_fastai.guard import StopOnNonFinite, load_strict
 from radam_fastai.optimizer import RAdamFn
 from radam_fastai.recipes.precision import DevicePrecision
 from radam_fastai.schedule_free import RAdamScheduleFree, RAdamScheduleFreeFn, ScheduleFree
@@ -306,6 +308,62 @@ def test_batch_norm_after_an_interruption(error, evaluate):
     try: learn.fit(3, .05)
     except KeyboardInterrupt: pass
     evaluate(learn)
+    assert is_of_x(learn)
+
+def test_dropout_rests_while_batch_norm_is_computed():
+    "Even after a fit that was cancelled, which leaves the model in training mode"
+    learn = get_learner(cbs=[Stop(CancelFitException)])
+    learn.model[0].insert(1, nn.Dropout(.5))
+    learn.fit(3, .05)
+    conv,_,norm = learn.model[0][:3]
+    with torch.no_grad(): acts = [conv(x) for x,_ in learn.dls.train]
+    close(norm.running_var, torch.stack([a.var((0,2,3)) for a in acts]).mean(0))
+
+def stats(learn): return [b.clone() for b in learn.model[0][1].buffers()]
+
+def test_calibration_sees_what_callbacks_make_of_a_batch():
+    "As fastai's `before_batch_cb` makes callbacks; one may leave a batch out"
+    class Prepare(Callback):
+        def before_batch(self):
+            if self.training and self.xb[0][0,0,0,0] > 0: raise CancelBatchException
+            self.learn.xb = (self.xb[0]*10 + 50,)
+    learn = get_learner(cbs=[Prepare()])
+    learn.fit(2, .05)
+    conv,norm = learn.model[0][:2]
+    with torch.no_grad(): acts = [conv(x*10 + 50) for x,_ in learn.dls.train if x[0,0,0,0] <= 0]
+    close(norm.running_mean, torch.stack([a.mean((0,2,3)) for a in acts]).mean(0))
+    assert not learn.training
+
+@pytest.mark.parametrize('n', [0, 1], ids=['no batch', 'a batch of NaN'])
+def test_a_calibration_without_result_changes_nothing(n):
+    learn = get_learner()
+    learn.fit(1, .05)
+    before,model = stats(learn),learn.model.train()
+    x = next(iter(learn.dls.train))[0]
+    schedule_free._recalibrate(model, [model[0][1]], [(torch.full_like(x, math.nan),)]*n)
+    assert identical(stats(learn), before) and model.training and model[0][1].momentum == .1
+
+def test_a_stop_at_nan_leaves_sound_statistics():
+    "The batch that stopped the fit is a training batch, too"
+    class Spoil(Callback):
+        order = 60
+        def before_batch(self): self.learn.xb = (self.xb[0]*math.nan,)
+    learn = get_learner(cbs=[StopOnNonFinite()])
+    learn.fit(1, .05)
+    with pytest.warns(UserWarning): learn.fit(1, .05, cbs=Spoil())
+    assert learn.stop_on_non_finite.stopped and all(b.isfinite().all() for b in stats(learn))
+
+def test_an_interrupted_calibration_is_repeated():
+    learn = get_learner()
+    batches = learn.schedule_free._batches
+    def interrupted():
+        yield next(batches())
+        raise KeyboardInterrupt
+    learn.schedule_free._batches = interrupted
+    with pytest.raises(KeyboardInterrupt): learn.fit(2, .05)
+    assert learn.model[0][1].momentum == .1
+    learn.schedule_free._batches = batches
+    learn.validate()
     assert is_of_x(learn)
 
 def test_recalibration_changes_nothing_else():

@@ -2,8 +2,10 @@
 import copy
 import inspect
 import math
+from collections import UserList
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -125,6 +127,66 @@ def test_hypers_out_of_range(kw, match):
     assert identical([p.detach() for p in ps], values) and identical(opt.state_dict()['state'], averages)
     opt.param_groups[1].update({k: old[k] for k in kw})
     close(torch_run(ps, opt, range(8, 12)), torch_run(*torch_build(Torch), range(12)))
+
+@pytest.mark.parametrize('betas', [[.8, .95], UserList([.8, .95]), np.array([.8, .95]), torch.tensor([.8, .95], dtype=torch.float64)],
+                         ids=['list', 'UserList', 'numpy', 'tensor'])
+def test_betas_are_any_two_numbers(betas):
+    "As configuration files give them; a plain tuple is saved"
+    a,b = (torch_run(*torch_build(o, betas=tuple(map(float, betas)) if o is Torch else betas), range(8)) for o in (RAdam, Torch))
+    close(a, b)
+    opt = RAdam([dict(params=[nn.Parameter(torch.ones(2))], betas=betas)])
+    assert type(opt.param_groups[0]['betas']) is tuple
+
+@pytest.mark.parametrize('flag', ['maximize', 'decoupled_weight_decay', 'foreach'])
+@pytest.mark.parametrize('yes', [1, np.True_, torch.tensor(True)], ids=['1', 'numpy', 'tensor'])
+def test_flags_are_whatever_is_true(flag, yes):
+    a,opt = torch_build(RAdam, **{flag: yes})
+    close(torch_run(a, opt, range(8)), torch_run(*torch_build(Torch, **{flag: True}), range(8)))
+    opt.load_state_dict(opt.state_dict())
+    assert opt.param_groups[0][flag] is True
+
+def test_a_parameter_in_a_group_twice():
+    "PyTorch counts its steps twice and says that this will be an error"
+    p,q = (nn.Parameter(torch.ones(2)) for _ in 'pq')
+    opt = RAdam([p])
+    with pytest.warns(UserWarning, match='duplicate'), pytest.raises(ValueError, match='more than once'):
+        opt.add_param_group(dict(params=[q, q]))
+    assert len(opt.param_groups) == 1
+
+def test_a_sound_checkpoint_replaces_a_broken_learning_rate():
+    a,opt = torch_build(RAdam)
+    torch_run(a, opt, range(3))
+    good = copy.deepcopy(opt.state_dict())
+    opt.param_groups[0]['lr'] = math.nan
+    opt.load_state_dict(good)
+    assert opt.param_groups[0]['lr'] == good['param_groups'][0]['lr']
+
+@pytest.mark.parametrize('n', [3, 8])
+@pytest.mark.parametrize('make', [RAdam, partial(RAdam, foreach=True), Torch])
+def test_a_graph_from_before_the_step_is_stale(make, n):
+    "Gradients through weights that have changed since would be wrong"
+    ps,opt = torch_build(make)
+    torch_run(ps, opt, range(n))
+    loss = sum(p.pow(2).sum() for p in ps)
+    set_grads(ps, n)
+    opt.step()
+    with pytest.raises(RuntimeError, match='modified by an inplace operation'): loss.backward()
+
+@pytest.mark.parametrize('move', [torch.clone, lambda t: t.clone(memory_format=torch.contiguous_format)], ids=['as it was', 'contiguous'])
+def test_a_state_that_was_moved_through_data(move):
+    "As `optimizer_to` of the forums does, which takes the state to another device and back"
+    def go(o):
+        torch.manual_seed(0)
+        conv = nn.Conv2d(3, 4, 3, dtype=f64).to(memory_format=torch.channels_last)
+        ps,opt = list(conv.parameters()),o(conv.parameters(), lr=.1, betas=(.9, .99))
+        torch_run(ps, opt, range(8))
+        for s in opt.state.values():
+            for v in s.values(): v.data = move(v.data)
+        torch_run(ps, opt, range(8, 20))
+        return [*ps, *torch_run(ps, opt, range(20, 22), {0})],[s['step'].item() for s in opt.state_dict()['state'].values()]
+    (a,steps),(b,theirs) = map(go, (RAdam, Torch))
+    close(a, b)
+    assert steps == theirs == [20, 22]
 
 def test_tensor_lr_of_several_elements():
     with pytest.raises(ValueError, match='lr .*2'): torch_build(RAdam, lr=torch.tensor([.1,.2]))

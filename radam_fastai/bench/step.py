@@ -34,10 +34,11 @@ from matplotlib.figure import Figure
 from torch.autograd import DeviceType
 from torch.profiler import profile
 
+from ..files import replacing
 from ..plot import COLORS, opt_color
 from ..recipes.optims import FASTAI, optims
 from ..recipes.records import append_record, device_name, versions
-from ..recipes.report import terminal_table
+from ..recipes.report import save_figure, terminal_table
 from ..rectify import rectification
 
 # %% ../../nbs/60_bench.step.ipynb #81e49800
@@ -281,7 +282,7 @@ def time_models(
         rows += (new := rows_of(model, **given))
         for r in new: append_record(o.out/'records.jsonl', r | about)
     df = pd.DataFrame(rows)
-    df.to_csv(o.out/f'{o.what}.csv', index=False)
+    with replacing(o.out/f'{o.what}.csv') as tmp: df.to_csv(tmp, index=False)
     return df
 
 # %% ../../nbs/60_bench.step.ipynb #69b83904
@@ -297,7 +298,7 @@ def measure(
 ) -> pd.DataFrame: # All rows
     "Time every model, print a table, save a figure, and say where everything is"
     df = time_models(o, what, rows_of, **about)
-    plot(df).savefig(o.out/f'{o.what}.png', dpi=100)
+    save_figure(plot(df), o.out/f'{o.what}.png')
     print(terminal_table(shown(df)[list(titles)].rename(columns=titles), digits))
     print(*(o.out/f for f in ('records.jsonl', f'{o.what}.csv', f'{o.what}.png')), sep='\n')
     return df

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from .sweep import Experiment, ExperimentSettings, grid, show_sweep
 from ..recipes.cli import check
-from ..recipes.data import crop_flip, digest, digits, draw, find_folder, split_files, tensor_dls, unreadable
+from ..recipes.data import crop_flip, digest, digits, draw, evenly, find_folder, split_files, tensor_dls, unreadable
 from ..recipes.precision import DevicePrecision, warn_slow_bf16
 
 # %% ../../nbs/51_experiments.images.ipynb #95f84269
@@ -55,7 +55,7 @@ def part(
     each = min(map(len, files.values()))
     check(n is None or len(files) <= n <= len(files)*each,
           f'--n-items {n}: must be from {len(files)} to {len(files)*each}, what the smallest class allows')
-    return draw(files, [n//len(files)]*len(files) if n else map(len, files.values()), seed=0)
+    return draw(files, evenly(n, len(files)) if n else map(len, files.values()), seed=0)
 
 # %% ../../nbs/51_experiments.images.ipynb #9ffa3240
 @cache

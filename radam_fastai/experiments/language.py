@@ -143,8 +143,9 @@ class TransformerSettings(TextSettings):
     d_model:int=64; n_heads:int=4; n_layers:int=6; dropout:float=0.; norm_first:bool=False
 
 # %% ../../nbs/52_experiments.language.ipynb #bb717e7a
-_rnn = dict(emb_sz=100, n_hid=200, n_layers=2, drop_mult=.3, alpha=2., beta=1.)
-_post = dict(d_model=64, n_heads=4, n_layers=6, dropout=0., norm_first=False)
+def _own(cls): return {k: cls.__dataclass_fields__[k].default for k in cls.__annotations__} # the fields that `cls` adds, by default
+
+_rnn,_post = _own(LSTMSettings),_own(TransformerSettings)
 
 SIZES = {'language': dict(small=dict(max_vocab=3000, bs=20, seq_len=35, n_valid=20_000, epochs=2, **_rnn),
                           paper=dict(max_vocab=60_000, bs=64, seq_len=72, n_valid=None, epochs=30,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Callable
+from typing import Callable, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -23,6 +23,7 @@ import pandas as pd
 
 from ..files import replacing
 from ..plot import new_axes, plot_curves, plot_sweep
+from ..recipes.cli import OptionError
 from ..recipes.jobs import Run
 from ..recipes.optims import OPTIMS, Settings
 from ..recipes.report import markdown_table, mean_std, save_figure, settings
@@ -77,7 +78,10 @@ def get_runs(
     def run(seed, cell):
         s = exp.settings(**(options := {**shared, **cell}))
         return Run(run_name(cell, seed), seed, options, partial(exp.make, loaded, s), s.fit, data, observers=exp.observers)
-    return [run(s, c) for s in seeds for c in cells]
+    runs = [run(s, c) for s in seeds for c in cells]
+    if same := [name for name,n in Counter(r.name for r in runs).items() if n > 1]:
+        raise OptionError(f'two runs would be called {same[0]}: give settings that differ in their first six digits')
+    return runs
 
 # %% ../../nbs/50_experiments.sweep.ipynb #2d0c4540
 def labels(
@@ -101,29 +105,37 @@ def lines(
     return {name: dict(sorted(at.items(), reverse=True)) for name,at in res.items()}
 
 # %% ../../nbs/50_experiments.sweep.ipynb #e0e4e370
-BETTER = dict(accuracy=(max, lambda v, best: v >= best-.01, 'within one point'), # metric: (best of several, is a value near it?, how near)
-              perplexity=(min, lambda v, best: v <= best*1.01, 'within 1 %'))
+class Metric(NamedTuple):
+    "How the values of a metric are compared and written"
+    best:Callable # Of several values
+    worst:float # That of a run that diverged
+    near:Callable # (value, best) → whether the value is near the best
+    within:str # How near that is
+    digits:int # After the point
+
+METRICS = dict(accuracy=Metric(max, -np.inf, lambda v, best: v >= best-.01, 'within one point', 3),
+               perplexity=Metric(min, np.inf, lambda v, best: v <= best*1.01, 'within 1 %', 1))
 
 def last(
     record:dict, # Record of a run
-    metric:str, # A key of `BETTER`
+    metric:str, # A key of `METRICS`
 ) -> float: # The worst possible value if the run diverged
     "A metric after the last epoch"
     end = record['epochs'][-1]
     sound = np.isfinite([end[metric], end.get('valid_loss', 0.)]).all() # weights of NaN still have an accuracy
-    return end[metric] if sound else -BETTER[metric][0](-np.inf, np.inf)
+    return end[metric] if sound else METRICS[metric].worst
 
 # %% ../../nbs/50_experiments.sweep.ipynb #8c5fa6c3
 def sweep_table(
     records:list, # Records of runs
-    metric:str='accuracy', # A key of `BETTER`
+    metric:str='accuracy', # A key of `METRICS`
 ) -> pd.DataFrame: # A row per contender, a column per learning rate: mean ± sample standard deviation
     "A metric of all contenders at all learning rates"
     at = lines(records, partial(last, metric=metric))
     lrs = sorted({lr for v in at.values() for lr in v}, reverse=True)
     def cell(vals):
         if vals is None: return ''
-        if np.isfinite(vals).all(): return mean_std(vals, 3 if metric == 'accuracy' else 1)
+        if np.isfinite(vals).all(): return mean_std(vals, METRICS[metric].digits)
         return f'diverged {np.isinf(vals).sum()} of {len(vals)}'
     return pd.DataFrame([{metric: name, **{f'lr {lr:g}': cell(v.get(lr)) for lr in lrs}} for name,v in at.items()])
 
@@ -144,17 +156,17 @@ def near_range(
 # %% ../../nbs/50_experiments.sweep.ipynb #3b58f8a3
 def merit_table(
     records:list, # Records of runs
-    metric:str='accuracy', # A key of `BETTER`
+    metric:str='accuracy', # A key of `METRICS`
 ) -> pd.DataFrame: # A row per contender
     "The best of each contender, and the learning rates that come near it"
-    best_of,near,within = BETTER[metric]
+    m = METRICS[metric]
     means = {name: {lr: np.mean(v) for lr,v in at.items()} for name,at in lines(records, partial(last, metric=metric)).items()}
-    top = best_of(m for at in means.values() for m in at.values())
+    top = m.best(v for at in means.values() for v in at.values())
     def row(name, at):
-        best = best_of(at.values())
-        lr = next(lr for lr,m in at.items() if m == best)
-        return {'': name, f'best {metric}': f'{best:.3f}' if metric == 'accuracy' else f'{best:.1f}', 'at lr': f'{lr:g}',
-                f'{within} of its best': near_range(at, best, near), f'{within} of the best of all': near_range(at, top, near)}
+        best = m.best(at.values())
+        lr = next(lr for lr,v in at.items() if v == best)
+        return {'': name, f'best {metric}': f'{best:.{m.digits}f}', 'at lr': f'{lr:g}',
+                f'{m.within} of its best': near_range(at, best, m.near), f'{m.within} of the best of all': near_range(at, top, m.near)}
     return pd.DataFrame([row(*o) for o in means.items()])
 
 # %% ../../nbs/50_experiments.sweep.ipynb #c8a68b24
@@ -201,7 +213,7 @@ def curves_figure(
 
 def sweep_figure(
     records:list, # Records of runs
-    metric:str='accuracy', # A key of `BETTER`
+    metric:str='accuracy', # A key of `METRICS`
 ) -> plt.Figure:
     "A metric of all contenders against the learning rate; a run that diverged has no point"
     at = {name: {lr: v for lr,v in by.items() if np.isfinite(v).all()} for name,by in lines(records, partial(last, metric=metric)).items()}
@@ -215,7 +227,7 @@ def sweep_figure(
 # %% ../../nbs/50_experiments.sweep.ipynb #32faa531
 def show_sweep(
     records:list, # Records of runs
-    metric:str='accuracy', # A key of `BETTER`
+    metric:str='accuracy', # A key of `METRICS`
 ) -> dict: # File name without its suffix → `DataFrame` or figure
     "Tables and figures of a metric against the learning rate"
     return dict(results=sweep_table(records, metric), merit=merit_table(records, metric), sweep=sweep_figure(records, metric),

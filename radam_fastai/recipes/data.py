@@ -163,6 +163,13 @@ def digest(
     return hashlib.sha256(''.join(lines).encode()).hexdigest()[:16]
 
 # %% ../../nbs/37_recipes.data.ipynb #a2082340
+def evenly(
+    n:int, # Items
+    k:int, # Parts
+) -> list: # Sizes of the parts; the first ones have one more if `k` does not divide `n`
+    "Parts as equal as they can be"
+    return [n//k + (i < n%k) for i in range(k)]
+
 def draw(
     files:dict, # Class → files
     counts:list, # How many of each class
@@ -181,8 +188,8 @@ def balanced(
 ) -> tuple[list, list]: # Training files, validation files
     "All files, or `n_items` for training and the same share for validation"
     if n_items is None: return sum(train.values(), []),sum(valid.values(), [])
-    n_all,(each,more) = sum(map(len, train.values())),divmod(n_items, len(train))
-    return (draw(train, [each + (i<more) for i in range(len(train))], seed),
+    n_all = sum(map(len, train.values()))
+    return (draw(train, evenly(n_items, len(train)), seed),
             draw(valid, [max(1, round(len(fs)*n_items/n_all)) for fs in valid.values()], seed))
 
 # %% ../../nbs/37_recipes.data.ipynb #2b5f923e

@@ -237,7 +237,7 @@ def only_job(
     "Lock `out` against other jobs, or raise an `OptionError`; files that a crash left half-written are removed"
     try:
         lock = FileLock(out/'.lock').acquire(timeout=0)
-        for p in out.glob('.tmp-*'): # a worker that was left over may write into a folder, until it has another name
+        for p in out.glob('.tmp-*'): # a leftover worker may still write there: rename first, then delete
             shutil.rmtree(p.rename(f'{p}-gone')) if p.is_dir() else p.unlink()
     except Timeout: raise OptionError(f'--out {out}: another job is writing there; wait for it, or name another folder') from None
     except OSError as e: raise cannot_write(out/'.lock', e) from e
@@ -249,10 +249,10 @@ def train_left(
     name:str, # Of its files
     recipe:str, # Of its job
     out:Path, # Folder of the job
-    tell:ProgressWriter=None, # Told how far it is
+    progress:ProgressWriter=None, # Called with how far it is
 ) -> dict: # The record
     "Train what is left of a run"
-    path,cbs = out/f'{name}.pth',() if tell is None else [EpochProgress(tell)]
+    path,cbs = out/f'{name}.pth',() if progress is None else [EpochProgress(progress)]
     return train_run(run, name, out, recipe, load_checkpoint(path) if path.exists() else None, cbs)
 
 def one_by_one(
@@ -282,14 +282,14 @@ def processes():
 class EpochProgress(Callback):
     "Tells how far a run is, and the values of its last epoch"
     order,note = EpochCheckpoint.order-1,''
-    def __init__(self, tell): self.tell = tell
-    def before_epoch(self): self.tell(self.epoch, self.n_epoch, self.note)
+    def __init__(self, writer): self.writer = writer
+    def before_epoch(self): self.writer(self.epoch, self.n_epoch, self.note)
     def after_batch(self):
-        if self.training: self.tell(self.epoch + (self.iter+1)/self.n_iter, self.n_epoch, self.note)
+        if self.training: self.writer(self.epoch + (self.iter+1)/self.n_iter, self.n_epoch, self.note)
     def after_epoch(self):
         values = zip(self.recorder.metric_names[1:], self.recorder.values[-1])
         self.note = ', '.join([f'epoch {self.epoch+1} of {self.n_epoch}', *(f'{k} {v:.4g}' for k,v in values if v is not None)])
-        self.tell(self.epoch+1, self.n_epoch, self.note)
+        self.writer(self.epoch+1, self.n_epoch, self.note)
 
 def at_once(
     plan:list, # As for `one_by_one`
@@ -312,7 +312,7 @@ def sort_records(
     lines,rank = path.read_bytes().split(b'\n'),{n: i for i,n in enumerate(names)}
     def name(line):
         with suppress(ValueError, TypeError, KeyError, RecursionError): return json.loads(line)['run']
-    ranks = {i: rank[n] for i,line in enumerate(lines) if (n := name(line)) in rank}
+    ranks = {i: rank[n] for i,line in enumerate(lines) if isinstance(n := name(line), str) and n in rank}
     ordered = sorted(ranks, key=ranks.get)
     if ordered == [*ranks]: return
     for i,line in zip(ranks, [lines[j] for j in ordered]): lines[i] = line
@@ -373,4 +373,5 @@ def show_plan(
     left,n = len(runs)-sum(parts),engine.jobs or 1
     needs = timedelta(seconds=round(left*sum(secs)/sum(parts)/n)) if any(parts) else None
     print(f"\n{states.count('finished')} of {len(runs)} runs are finished", end='')
-    print(f', the rest takes about {needs} with {n} at once' if left and needs else '')
+    how = 'on one worker' if engine.cluster and not engine.jobs else f'with {n} at once'
+    print(f', the rest takes about {needs} {how}' if left and needs else '')

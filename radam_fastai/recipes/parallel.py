@@ -173,36 +173,36 @@ class Outcome(NamedTuple):
     value:object=None # What it returned
     error:str=None # What it raised, in a line
     trace:str='' # Where, unless the line says what to do
-    again:bool=False # It is not over: it needs its parcel, or has come as far as `told`
-    told:str='' # By a call that was made elsewhere
+    unfinished:bool=False # It is not over: it needs its payload, or has come as far as `progress`
+    progress:str='' # By a call that was made elsewhere
     checkpoint:bytes=None # Of it
 
-class Paused(Exception): "A call has told what is new"
+class Paused(Exception): "A call has reported progress"
 
 class PausingWriter(ProgressWriter):
-    "Pauses its call as soon as it tells more after something new"
+    "Pauses its call at the first report after one with a new note"
     def __call__(self, done, total, note=''):
         if self.note: raise Paused('for the checkpoint to be sent')
         super().__call__(done, total, note)
 
-def _elsewhere(name, calls, checkpoint):
+def _run_remotely(name, calls, checkpoint):
     with TemporaryDirectory() as d:
-        path,told = (out := Path(d))/f'{name}.pth',out/'told'
-        told.touch()
+        path,progress = (out := Path(d))/f'{name}.pth',out/'progress'
+        progress.touch()
         if checkpoint: path.write_bytes(checkpoint)
         (out/'calls').write_bytes(calls)
-        try: o = Outcome(name, unpack(out/'calls')[name](out, PausingWriter(told)))
-        except Paused: o = Outcome(name, again=True)
-        return o._replace(told=told.read_text(), checkpoint=path.read_bytes() if path.exists() else None)
+        try: o = Outcome(name, unpack(out/'calls')[name](out, PausingWriter(progress)))
+        except Paused: o = Outcome(name, unfinished=True)
+        return o._replace(progress=progress.read_text(), checkpoint=path.read_bytes() if path.exists() else None)
 
-def _work(folder, told, name, share, parcel=None):
+def _work(folder, progress, name, share, payload=None):
     try:
         seen = (folder/'calls').exists()
-        if not (seen or parcel): return Outcome(name, again=True)
+        if not (seen or payload): return Outcome(name, unfinished=True)
         with _as_worker(folder if seen else Path(gettempdir()), **share):
-            if parcel: return _elsewhere(name, *parcel)
-            (told/name).touch()
-            return Outcome(name, unpack(folder/'calls')[name](folder.parent, ProgressWriter(told/name)))
+            if payload: return _run_remotely(name, *payload)
+            (progress/name).touch()
+            return Outcome(name, unpack(folder/'calls')[name](folder.parent, ProgressWriter(progress/name)))
     except (RecipeError, WriteError) as e: return Outcome(name, error=str(e))
     except Exception as e: return Outcome(name, error=f"{type(e).__name__}: {' '.join(str(e).split())}", trace=traceback.format_exc())
 
@@ -233,12 +233,12 @@ class ProgressBoard:
 # %% ../../nbs/42_recipes.parallel.ipynb #0a700efb
 @patch
 def look(self:ProgressBoard,
-    told:Path, # Folder of the files that `ProgressWriter` writes
+    progress:Path, # Folder of the files that `ProgressWriter` writes
 ):
     "Show what is new there"
     with self.lock:
         now = []
-        for p in sorted(told.glob('[!.]*')):
+        for p in sorted(progress.glob('[!.]*')):
             try: start,done,total,note = json.loads(p.read_text())
             except (OSError, ValueError): continue # it is being written
             now.append(p.name)
@@ -261,12 +261,12 @@ def _draw(self:ProgressBoard, now):
 @patch
 def end(self:ProgressBoard,
     o:Outcome,
-    told:Path, # As for `look`
+    progress:Path, # As for `look`
 ):
     "Show that a call is over"
     with self.lock:
-        self.look(told)
-        (told/o.name).unlink(missing_ok=True)
+        self.look(progress)
+        (progress/o.name).unlink(missing_ok=True)
         self.over,self.at[o.name] = self.over+1,1.
         self.first.setdefault(o.name, 1.) # it had nothing to do
         if o.trace: print(o.trace, file=sys.stderr)
@@ -276,13 +276,13 @@ def end(self:ProgressBoard,
 @patch
 @contextmanager
 def watch(self:ProgressBoard,
-    told:Path, # As for `look`
+    progress:Path, # As for `look`
 ):
     "Look twice a second"
     done = Event()
     def look():
         with suppress(OSError): # a broken output, which the first process notices, too
-            while not done.wait(.5): self.look(told)
+            while not done.wait(.5): self.look(progress)
     (thread := Thread(target=look, daemon=True)).start()
     try: yield
     finally:
@@ -290,14 +290,14 @@ def watch(self:ProgressBoard,
         thread.join()
 
 # %% ../../nbs/42_recipes.parallel.ipynb #dd5f99ec
-class Lost(Exception): "The engine has failed"
+class WorkersLost(Exception): "The engine has failed"
 
 @contextmanager
 def _outcomes(calls, n):
     "The outcomes of calls, as they come; no call goes on afterwards"
     def results():
         try: yield from found
-        except Exception as e: raise Lost(e) from e
+        except Exception as e: raise WorkersLost(e) from e
     found = Parallel(n, return_as='generator_unordered', batch_size=1, pre_dispatch=n)(calls)
     try: yield results()
     finally:
@@ -306,48 +306,48 @@ def _outcomes(calls, n):
             found.close()
 
 # %% ../../nbs/42_recipes.parallel.ipynb #241257ee
-class Turns:
+class Retries:
     "Calls that are made again until they are over"
     def __init__(self,
         calls:dict, # Name → function of a folder and a `ProgressWriter`
         folder:Path, # In that of the job; seen by the workers, or not
         share:dict, # As for `_as_worker`
     ):
-        self.calls,self.folder,self.share,self.away,self.lost,self.board = calls,folder,share,set(),[],ProgressBoard(calls)
+        self.calls,self.folder,self.share,self.remote,self.lost,self.board = calls,folder,share,set(),[],ProgressBoard(calls)
         pack(calls, folder/'calls')
 
-    def _call(self, told, name):
-        if name not in self.away: return delayed(_work)(self.folder, told, name, self.share)
-        (told/name).touch()
+    def _call(self, progress, name):
+        if name not in self.remote: return delayed(_work)(self.folder, progress, name, self.share)
+        (progress/name).touch()
         path = self.folder.parent/f'{name}.pth'
-        calls = (packed := pack({name: self.calls[name]}, told/f'.{name}')).read_bytes()
+        calls = (packed := pack({name: self.calls[name]}, progress/f'.{name}')).read_bytes()
         packed.unlink()
-        parcel = calls,path.read_bytes() if path.exists() else None
-        return delayed(_work)(self.folder, told, name, self.share, parcel)
+        payload = calls,path.read_bytes() if path.exists() else None
+        return delayed(_work)(self.folder, progress, name, self.share, payload)
 
-    def _arrived(self, told, o):
-        self.away.add(o.name)
+    def _arrived(self, progress, o):
+        self.remote.add(o.name)
         if not o.checkpoint: return
         with replacing(self.folder.parent/f'{o.name}.pth') as tmp: tmp.write_bytes(o.checkpoint)
-        (told/o.name).write_text(o.told)
-        self.board.look(told)
+        (progress/o.name).write_text(o.progress)
+        self.board.look(progress)
 
-    def turn(self,
+    def attempt(self,
         names, # Of the calls that are not over
     ): # Yields `Outcome`s of those that are
         "Make calls; `lost` are those that lost their worker"
         self.lost = []
-        with TemporaryDirectory(dir=self.folder, ignore_cleanup_errors=True) as d,self.board.watch(told := Path(d)):
+        with TemporaryDirectory(dir=self.folder, ignore_cleanup_errors=True) as d,self.board.watch(progress := Path(d)):
             try:
-                with _outcomes((self._call(told, name) for name in names), self.share['n']) as outcomes:
+                with _outcomes((self._call(progress, name) for name in names), self.share['n']) as outcomes:
                     for o in outcomes:
-                        if o.again or o.checkpoint: self._arrived(told, o)
-                        if not o.again:
-                            self.board.end(o, told)
+                        if o.unfinished or o.checkpoint: self._arrived(progress, o)
+                        if not o.unfinished:
+                            self.board.end(o, progress)
                             yield o
-            except Lost as e:
-                self.board.look(told)
-                self.lost = [p.name for p in told.glob('[!.]*')]
+            except WorkersLost as e:
+                self.board.look(progress)
+                self.lost = [p.name for p in progress.glob('[!.]*')]
                 if not self.lost: raise RecipeError(f'the workers end before they begin: {e}') from e
                 self.board.say(f"a worker died; begun again from the last checkpoint: {', '.join(self.lost)}")
 
@@ -359,15 +359,16 @@ def side_by_side(
 ): # Yields `Outcome`s, as they come
     "Make all calls, several at once"
     with TemporaryDirectory(prefix='.tmp-', dir=Path(out).resolve(), ignore_cleanup_errors=True) as d,engine.start() as n:
-        turns = Turns(calls, Path(d), dict(n=n, threads=None if engine.address else max(1, torch.get_num_threads()//n), path=sys.path))
-        left,deaths,notes = dict.fromkeys(calls),Counter(),turns.board.notes
-        with turns.board.bars or nullcontext():
+        share = dict(n=n, threads=None if engine.address else max(1, torch.get_num_threads()//n), path=sys.path)
+        retries = Retries(calls, Path(d), share)
+        left,deaths,notes = dict.fromkeys(calls),Counter(),retries.board.notes
+        with retries.board.bars or nullcontext():
             while left:
-                for o in turns.turn([*left]):
+                for o in retries.attempt([*left]):
                     del left[o.name]
                     yield o
-                deaths.update((name, notes.get(name)) for name in turns.lost)
-                for name in turns.lost:
+                deaths.update((name, notes.get(name)) for name in retries.lost)
+                for name in retries.lost:
                     if deaths[name,notes.get(name)] < 3: continue
                     del left[name]
                     yield Outcome(name, error='its worker died three times, for want of memory perhaps, of which fewer --jobs need less')

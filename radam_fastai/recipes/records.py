@@ -22,23 +22,22 @@ from pathlib import Path, PureWindowsPath
 import numpy as np
 import pandas as pd
 import torch
-from fastai.callback.core import Callback
 from fastai.torch_core import default_device, num_distrib, to_detach
 
 from ..files import append_whole
 from ..introspect import read_last
 from .cli import RecipeError
 from ..rectify import rho
+from ..watching import _StepWatcher
 
 # %% ../../nbs/32_recipes.records.ipynb #fe52495b
-class RunRecorder(Callback):
+class RunRecorder(_StepWatcher):
     "Collect plain numbers: a row for every optimizer step and a row for every epoch"
     order,remove_on_fetch = 55,True # after `Recorder`, whose epoch values are copied
-    def __init__(self, watchers=()): self.watchers,self.steps,self.epochs,self.hypers,self.notes,self.skipped = watchers,[],[],None,{},False
-    def after_cancel_step(self): self.skipped = True # fastai goes on to `after_step`, but nothing was stepped
-    def after_step(self):
-        self.skipped,skipped = False,self.skipped
-        if skipped: return
+    def __init__(self, watchers=()): self.watchers,self.steps,self.epochs,self.hypers,self.notes = watchers,[],[],None,{}
+    def has_stepped(self): return False # of a batch that was cancelled, nothing is recorded
+    def stepped(self):
+        if self.skipped: return
         if self.hypers is None: # `fit` sets lr, then the schedule does
             self.hypers = [{k: float(v) for k,v in h.items()} for h in self.opt.hypers]
         step,now = read_last(self.opt)
@@ -105,6 +104,7 @@ def steps_frame(
 
 # %% ../../nbs/32_recipes.records.ipynb #fb430d81
 _not_finite = {'NaN':math.nan, 'Infinity':math.inf, '-Infinity':-math.inf}
+_texts = 'run','data','versions','device' # parts of a record
 
 def _each(f, o):
     "`o` with `f` of every value in its dicts and lists"
@@ -117,8 +117,9 @@ def _named(record):
     return _each(name, record)
 
 def _unnamed(record):
-    "`record` with the numbers that `_named` gave names"
-    return _each(lambda v: _not_finite.get(v, v) if isinstance(v, str) else v, record)
+    "`record` with the numbers that `_named` gave names; in `_texts` such a name is a text"
+    def number(v): return _not_finite.get(v, v) if isinstance(v, str) else v
+    return {k: v if k in _texts else _each(number, v) for k,v in record.items()} if isinstance(record, dict) else record
 
 # %% ../../nbs/32_recipes.records.ipynb #f8e87b69
 def append_record(
@@ -148,10 +149,12 @@ def read_records(
 def wrong_form(
     o, # Anything
     form:dict, # Key → type, or several types
+    optional:dict|None=None, # The same for keys that may be missing or `None`
 ) -> str|None: # Such as `it has no epoch`; `None` if nothing is wrong
     "Why `o` is not a dict of this `form`"
     if not isinstance(o, dict): return f'it holds a {type(o).__name__}'
-    for k,kind in form.items():
+    optional = {k: kind for k,kind in (optional or {}).items() if o.get(k) is not None}
+    for k,kind in {**form, **optional}.items():
         if k not in o: return f'it has no {k}'
         if not isinstance(o[k], kind): return f'its {k} is a {type(o[k]).__name__}'
 
@@ -164,16 +167,18 @@ def _is_table(columns, kinds):
 
 # %% ../../nbs/32_recipes.records.ipynb #fce77320
 _whole = dict(run=str, recipe=str, opt=str, seed=int, options=dict, data=dict, secs=Real, versions=dict, device=dict, epochs=list)
+_may_have = dict(preset=str, changed=list, rectifier=dict, published=dict)
 _parts = dict(data=dict(name=str, train=int, valid=int), device=dict(name=str, threads=int), versions=dict(torch=str, fastai=str))
-_epoch = dict(epoch=int, step=int, train_secs=Real, secs=Real)
+_epoch = dict(epoch=int, step=int, valid_loss=(Real,type(None)), train_secs=Real, secs=Real)
 sitting_form = dict(epoch=int, began=str, versions=dict, device=dict) # where and when a run went on
 _step = dict(step=list, loss=list, lr=list, effective_lr=list, rect=list)
+_published = dict(metric=str, mean=Real),dict(std=Real, runs=int, source=str)
 
 def wrong_run(
     r:dict, # A record
 ) -> str|None: # Such as `it has no opt`; `None` if nothing is wrong
     "Why `r` is not the record of a run"
-    if wrong := wrong_form(r, _whole): return wrong
+    if wrong := wrong_form(r, _whole, _may_have): return wrong
     for k,form in _parts.items():
         if wrong := wrong_form(r[k], form): return f'of its {k}, {wrong}'
     sittings = r.get('sittings', [])
@@ -190,10 +195,11 @@ def wrong_run(
     if not _is_table([[*e.values()] for e in epochs], (Real,type(None))): return 'its epochs are not a table of numbers'
     if not isinstance(steps, dict) or not _is_table(steps.values(), (Real,type(None))): return 'its steps are not a table of numbers'
     if 'step' in steps and (wrong := wrong_form(steps, _step)): return f'of its steps, {wrong}'
-    known = isinstance(hypers, list) and hypers and not wrong_form(hypers[-1], dict(sqr_mom=Real))
-    if 'step' in steps and not known: return 'it has no sqr_mom'
+    if not all(isinstance(t, int) and t > 0 for t in steps.get('step', [])): return 'its steps are not counted from 1'
+    known = isinstance(hypers, list) and hypers and not wrong_form(hypers[-1], dict(sqr_mom=Real)) and 0 <= hypers[-1]['sqr_mom'] < 1
+    if 'step' in steps and not known: return 'it has no sqr_mom in [0, 1)'
     pub = r.get('published')
-    if pub and (wrong := wrong_form(pub, dict(metric=str, mean=Real))): return f'of its published, {wrong}'
+    if pub and (wrong := wrong_form(pub, *_published)): return f'of its published, {wrong}'
     if pub and pub['metric'] not in epochs[-1]: return f"of its published, no epoch has its {pub['metric']}"
 
 # %% ../../nbs/32_recipes.records.ipynb #604e5b8e

@@ -21,6 +21,7 @@ from textwrap import wrap
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from fastcore.basics import groupby
 
 from ..files import replacing
 from ..plot import plot_published, plot_runs, plot_summary
@@ -66,8 +67,7 @@ def groups(
     records:list, # Records of runs
 ) -> dict: # Name of the group → its records, in the given order
     "Runs that differ only in their seed"
-    res,varying = {},_varying(map(settings, records))
-    for r in records: res.setdefault(_asked(r), []).append(r)
+    res,varying = groupby(records, _asked),_varying(map(settings, records))
     def label(r):
         n = settings(r).get('n_items')
         if r.get('preset') and not r.get('changed'): return r['preset'] + (f', n_items {n}' if n else '')
