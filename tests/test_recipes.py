@@ -89,7 +89,8 @@ def test_presets_are_what_was_published(monkeypatch, images, preset, tmp_path):
     learn.create_opt()
     h = learn.opt.hypers[0]
     assert (h['mom'], h['sqr_mom'], h['eps'], h['wd']) == (o.mom, .99, 1e-6, o.wd)
-    opts = {'article-record':'Adam', 'article':'RAdam'} | {p: p.split('-')[-1] for p in PRESETS if 'radam' in p or 'adam' in p}
+    opts = {p: p.split('-')[-1] for p in PRESETS if 'adam' in p} | {'article-record':'Adam', 'article':'RAdam',
+                                                                    'radam-schedule-free':'RAdamScheduleFree'}
     assert type(learn.opt).__name__.lower() == opts.get(preset, 'Ranger').lower()
     mish = any(isinstance(m, torch.nn.Mish) for m in learn.model.modules())
     attention = any(type(m).__name__ == 'SimpleSelfAttention' for m in learn.model.modules())
@@ -98,8 +99,9 @@ def test_presets_are_what_was_published(monkeypatch, images, preset, tmp_path):
     assert (mish, attention) == (newer, newer) and blurs == (4 if preset == 'leaderboard-2020-10' else 0)
     normed = any(type(t).__name__ == 'Normalize' for t in learn.dls.train.after_batch.fs)
     crop = any(type(t).__name__ == 'RandomResizedCrop' for t in learn.dls.train.after_item.fs)
-    assert normed == (preset not in ('fastai-2020-01','leaderboard-2020-10')) and crop == (preset not in ('radam','leaderboard-2020-10'))
-    assert learn.dls.bs == (32 if preset in ('radam','leaderboard-2020-10') else 64) and run.options['size'] == 128
+    whole = preset in ('radam','radam-schedule-free','leaderboard-2020-10') # images, in smaller batches
+    assert normed == (preset not in ('fastai-2020-01','leaderboard-2020-10')) and crop == (not whole)
+    assert learn.dls.bs == (32 if whole else 64) and run.options['size'] == 128
     assert run.options['fp16'] is torch.cuda.is_available() # without a GPU in single precision, and the record says so
 
 V1 = {'article':.86, 'article-record':.846, 'over9000-v1-adam':.8494, 'over9000-v1-radam':.8444, 'over9000-v1-ranger':.8594,
@@ -110,7 +112,7 @@ def test_published_figures_stand_with_their_split():
     for split,figures in dict(v1=V1, v2=V2).items():
         assert {p: published(p)['mean'] for p in PRESETS if resolve(p, {})[0].split == split and published(p)} == figures
         assert all(published(p)['source'].startswith('https://') for p in figures)
-    assert not published('radam')
+    assert not published('radam') and not published('radam-schedule-free')
 
 def test_bf16_does_not_change_what_a_run_is(monkeypatch, images, tmp_path):
     run = asked(monkeypatch, images, preset='over9000-radam', out=tmp_path, bf16=True)

@@ -63,6 +63,7 @@ _2020_10 = dict(_2020_01, pool='MaxBlurPool', aug='resize', bs=32, wd=1e-4)
 
 PRESETS = { # name: (what it changes in COMMON, published figure)
     'radam': (dict(act_fn='Mish', pool='MaxPool', sa=True, aug='resize', bs=32, wd=1e-4, lr=8e-3), None),
+    'radam-schedule-free': (dict(pool='MaxPool', aug='resize', bs=32, wd=1e-4, lr=8e-3, opt='schedule-free', sched='flat'), None),
     'over9000-adam': (_adam, dict(_over9000, mean=.7784, std=.0054)),
     'over9000-radam': ({}, dict(_over9000, mean=.7696, std=.0084)),
     'over9000-ranger': (dict(opt='ranger'), dict(_over9000, mean=.7844, std=.0056)),
