@@ -34,13 +34,12 @@ class _EffectiveLR(Callback):
     def after_step(self): self.now = read_last(self.opt)[1]
     def after_batch(self): self.recorder.lrs[-1] = self.now.effective_lr if self.now and self.now.adaptive else np.nan
 
-def _check_finder(learn, num_it):
-    "Raise a `ValueError` unless the updates that suggestions are made from are adaptive"
-    opt,ignored = learn.opt,num_it//10//batches_per_update(learn)
+def _check_finder(opt, num_it, per_update=1):
+    "Raise a `ValueError` unless the updates that suggestions are made from are adaptive, with `per_update` batches each"
     how = find_rectifier(opt)
     if not how: raise ValueError(f"{no_rectifier(opt)}: use learn.lr_find")
     sqr_mom = read(how, 0, opt.hypers[-1]).sqr_mom
-    if how.lr_factor(updates_made(opt) + ignored + 1, sqr_mom) is None:
+    if how.lr_factor(updates_made(opt) + num_it//10//per_update + 1, sqr_mom) is None:
         raise ValueError(f"num_it={num_it} with sqr_mom={sqr_mom:g}: suggestions ignore the first tenth of the updates, "
                          "which has to cover the momentum phase. Use a larger num_it, or learn.lr_find if sqr_mom is too small to rectify "
                          "at all")
@@ -58,7 +57,7 @@ def rectified_lr_find(
     was = deepcopy({k:v for k,v in vars(recorder).items() if k != 'learn'})
     hypers = {k: [h[k] for h in learn.opt.hypers] for k in ('lr', 'wd') if k in learn.opt.hypers[0]} # which `fit` sets
     try:
-        _check_finder(learn, num_it)
+        _check_finder(learn.opt, num_it, batches_per_update(learn))
         with learn.added_cbs(_EffectiveLR()): res = learn.lr_find(num_it=num_it, **kwargs)
         if kwargs.get('show_plot', True): plt.gca().set_xlabel('effective learning rate lr·$r_t$')
         return res
