@@ -219,8 +219,8 @@ def get_runs(
 # %% ../../nbs/41_recipes.imagenette.ipynb #5194b249
 @command
 def main(
-    # radam, over9000-adam, over9000-radam, over9000-ranger, fastai-2020-01, leaderboard-2020-10, article,
-    # article-record, over9000-v1-adam, over9000-v1-radam, over9000-v1-ranger or ranger-mish-2019-09
+    # radam, radam-schedule-free, over9000-adam, over9000-radam, over9000-ranger, fastai-2020-01, leaderboard-2020-10,
+    # article, article-record, over9000-v1-adam, over9000-v1-radam, over9000-v1-ranger or ranger-mish-2019-09
     preset:str='radam',
     path:Path=None, # Folder that holds `train` and `val`, or archives of them; downloaded if not given
     woof:Flag=False, # Imagewoof instead of Imagenette
