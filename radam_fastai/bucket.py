@@ -138,7 +138,7 @@ class Bucket:
         self.kernel_step = torch.empty((), dtype=torch.float32, device=kind.device) if self.fused else None
         self.counter = keys.counter(states, kind.counts[0])
 
-    def _places(self): # who moves the averages through their `data` moves all of them
+    def _places(self):
         first = self.grad_avgs[0].data_ptr(),self.sqr_avgs[0].data_ptr()
         return list(map(Tensor.data_ptr, self.params)),list(map(Tensor.numel, self.params)),first
     def _orders(self): return list(map(Tensor.stride, self.matrices)),all(map(Tensor.is_contiguous, self.vectors))

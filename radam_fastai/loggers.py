@@ -35,7 +35,7 @@ class LogRectifier(_Watcher):
     "Call a function with what the rectifier did at each update"
     order = RectifierRecorder.order-1
     def __init__(self,
-        log:Callable|str, # Called with a dict of numbers: `epoch` (with its fraction), `rect_0`, `effective_lr_0`, `rect_1`, …; or 'wandb'
+        log:Callable|str, # Called with a dict of numbers: `epoch` (a fraction), `rect_0`, `effective_lr_0`, `rect_1`, …; or 'wandb'
     ):
         if not callable(log) and log != 'wandb': raise ValueError(f"log must be a function of a dict or 'wandb', got {log!r}")
         self.log = log

@@ -202,14 +202,14 @@ class _Calibrating(Callback):
         "Inputs of training batches; neither the data's nor anyone else's random numbers move on"
         dl,learn = self.dls.train,self.learn
         rng,was = deepcopy(getattr(dl, 'rng', None)),getattr(learn, 'training', False)
+        cbs = [cb for cb in learn.cbs.sorted('order') if cb is not self and not isinstance(cb, _IN_TRAINING)]
         try:
             with no_random():
                 for b in islice(dl, self.bn_batches):
                     learn._split(learn._set_device(b))
                     learn.training = True
                     with suppress(CancelBatchException):
-                        for cb in learn.cbs.sorted('order'):
-                            if cb is not self and not isinstance(cb, _IN_TRAINING): cb('before_batch') # they may change the inputs
+                        for cb in cbs: cb('before_batch') # they may change the inputs
                         yield learn.xb
         finally:
             learn.training = was

@@ -113,7 +113,7 @@ def _to_torch(sd, groups):
 def _readable(opt, state_dict):
     "`state_dict` in torch's layout, once it is known to fit `opt`"
     sd = read_state(state_dict)
-    check_fit(sd, [g['params'] for g in opt.param_groups], [{'beta': 0.}]*len(opt.param_groups))
+    check_fit(sd, [g['params'] for g in opt.param_groups], [{'beta': 0.}]*len(opt.param_groups)) # the rest is in `sd`
     if also := {'slow_weights', 'count'} & set(sd):
         raise ValueError(f"this is the state of a Lookahead optimizer (it has {', '.join(sorted(also))}): load it into "
                          f"radam_fastai.optimizer.Ranger")

@@ -149,7 +149,8 @@ def test_labels_tell_settings_apart():
     other_data = {**rec('adam', .1, 0, .5), 'data':dict(name='e')}
     assert len(set(labels([rec('adam', .1, 0, .5), rec('adam', .1, 1, .5), other_data]))) == 2
 
-@pytest.mark.parametrize('means,text', [({.1:.7,.01:.695,.001:.5}, '0.01 – 0.1 (×10)'), ({.1:.7,.01:.6,.001:.7}, '0.001 – 0.001 (×1)'),
+@pytest.mark.parametrize('means,text', [({.1:.7,.01:.695,.001:.5}, '0.01 – 0.1 (×10)'),
+                                        ({.1:.7,.01:.6,.001:.7}, '0.001 – 0.001 (×1)'),
                                         ({.1:.7,.03:.6,.01:.7,.003:.695}, '0.003 – 0.01 (×3.33)'), ({.1:.2}, '')])
 def test_near_range(means, text): assert near_range(means, .7, METRICS['accuracy'].near) == text
 

@@ -13,18 +13,21 @@ from helpers import opts, plain_rect, recorded_learner, state_of
 from radam_fastai.finder import rectified_lr_find
 from radam_fastai.optimizer import RAdam
 
+def found(learn, num_it, **kwargs):
+    "The rates that a suggestion is made from, and what the finder returns if that is the fourth"
+    seen = []
+    def suggest(lrs, losses, num_it):
+        seen.extend(lrs.tolist())
+        return float(lrs[3]),(float(lrs[3]), float(losses[3]))
+    return seen,rectified_lr_find(learn, num_it=num_it, start_lr=1e-5, end_lr=.1, stop_div=False, suggest_funcs=suggest, **kwargs)
+
 @pytest.mark.many
 @pytest.mark.parametrize('name', opts)
-def test_finder_has_the_taken_rate_on_its_axis(name, monkeypatch):
-    seen = {}
-    def suggest(lrs, losses, num_it):
-        seen['lrs'] = lrs
-        return float(lrs[3]),(float(lrs[3]), float(losses[3]))
-    learn = recorded_learner(opts[name])
-    res = rectified_lr_find(learn, num_it=80, start_lr=1e-5, end_lr=.1, stop_div=False, suggest_funcs=suggest)
+def test_finder_has_the_taken_rate_on_its_axis(name):
+    lrs,res = found(recorded_learner(opts[name]), 80)
     set_to = [1e-5*1e4**(i/80) for i in range(80)]
     expect = [lr*plain_rect(t, .99, 5) for t,lr in enumerate(set_to, 1) if t > 8][:-5]
-    assert seen['lrs'].tolist() == pytest.approx(expect, rel=1e-5) and res.suggest == pytest.approx(expect[3])
+    assert lrs == pytest.approx(expect, rel=1e-5) and res.suggest == pytest.approx(expect[3])
     ax = plt.gca()
     assert 'lr·$r_t$' in ax.get_xlabel()
     x = ax.lines[0].get_xdata()
@@ -55,14 +58,9 @@ def test_finder_on_a_fresh_learner_leaves_no_optimizer():
 
 def test_finder_with_accumulated_gradients():
     "A batch without an update keeps the rate of the last one; the first tenth has fewer updates"
-    seen = {}
-    def suggest(lrs, losses, num_it):
-        seen['lrs'] = lrs
-        return float(lrs[3]),(float(lrs[3]), float(losses[3]))
-    rectified_lr_find(recorded_learner(RAdam, cbs=[GradientAccumulation(8)]), num_it=130, start_lr=1e-5, end_lr=.1, stop_div=False,
-                      suggest_funcs=suggest, show_plot=False)
+    lrs,_ = found(recorded_learner(RAdam, cbs=[GradientAccumulation(8)]), 130, show_plot=False)
     taken = [1e-5*1e4**(i/130)*plain_rect((i+1)//2, .99, 5) for i in range(1, 130, 2) if (i+1)//2 > 5]
-    assert seen['lrs'][1:21:2].tolist() == pytest.approx(taken[1:11], rel=1e-5)
+    assert lrs[1:21:2] == pytest.approx(taken[1:11], rel=1e-5) == lrs[0:20:2]
     with pytest.raises(ValueError, match='num_it=80 .* the first tenth of the updates'):
         rectified_lr_find(recorded_learner(RAdam, cbs=[GradientAccumulation(8)]), num_it=80)
 
