@@ -51,7 +51,7 @@ def rectified_lr_find(
     num_it:int=100, # Updates
     **kwargs
 ): # Suggested learning rates by name, as from `Learner.lr_find`
-    "fastai's learning rate finder over the effective learning rate lr·r_t; a `ValueError` if nothing is rectified in `num_it` updates"
+    "fastai's learning rate finder over the effective learning rate lr·r_t; a `ValueError` if the momentum phase outlasts a tenth of it"
     recorder,had_opt = learn.recorder,learn.opt is not None
     if not had_opt: learn.create_opt()
     was = deepcopy({k:v for k,v in vars(recorder).items() if k != 'learn'})
