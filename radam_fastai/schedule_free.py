@@ -179,7 +179,8 @@ def _recalibrate(model, norms, batches):
         for m in norms:
             m.reset_running_stats()
             m.train().momentum = None # a plain mean
-        for xb in batches: model(*xb)
+        with torch.compiler.set_stance('force_eager'): # a plain mean cannot be compiled in one piece
+            for xb in batches: model(*xb)
         done = True
     finally:
         for m,training in modes: m.training = training

@@ -381,6 +381,17 @@ def test_recalibration_changes_nothing_else():
         return flat(learn)
     close(go(0), go(50), 0)
 
+def test_a_compiled_model_is_compiled_for_training_and_validation_alone():
+    graphs = []
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+    torch._dynamo.reset()
+    learn,eager = get_learner(),get_learner()
+    learn.model.compile(backend=backend)
+    for l in (learn, eager): l.fit(2, .05)
+    assert len(graphs) == 2 and identical(stats(learn), stats(eager))
+
 def test_frozen_norms_keep_their_statistics():
     class Frozen(Callback):
         def before_train(self): self.model[0][1].eval()

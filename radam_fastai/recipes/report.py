@@ -172,7 +172,7 @@ def conditions(
     sources = dict.fromkeys(f"{p['mean']:.4f}: {p['source']}" for r in records if (p := r.get('published')) and p.get('source'))
     res = [f'Data: {_plain(each(map(data, records)))}.', f'Machine: {_plain(each(machines))}.']
     if any(r.get('published') for r in records): res.append(
-        'Differences are in standard errors (Welch: the root of the sum of the variances of both means). Published: '
+        "Differences are in standard errors: Welch's, or of ours alone where the published spread is unknown. Published: "
         + _plain('; '.join(sources)) + '.')
     return res
 
