@@ -30,16 +30,16 @@ from .watching import batches_per_update
 class _EffectiveLR(Callback):
     "Have `Recorder` keep the effective learning rate"
     order,run_valid = Recorder.order+1,False
-    def before_fit(self): self.now = None
-    def after_step(self): self.now = read_last(self.opt)[1]
-    def after_batch(self): self.recorder.lrs[-1] = self.now.effective_lr if self.now and self.now.adaptive else np.nan
+    def before_fit(self): self.rect = np.nan
+    def after_step(self): self.rect = now.rect if (now := read_last(self.opt)[1]).adaptive else np.nan
+    def after_batch(self): self.recorder.lrs[-1] *= self.rect # of the last update
 
 def _check_finder(opt, num_it, per_update=1):
     "Raise a `ValueError` unless the updates that suggestions are made from are adaptive, with `per_update` batches each"
     how = find_rectifier(opt)
     if not how: raise ValueError(f"{no_rectifier(opt)}: use learn.lr_find")
     sqr_mom = read(how, 0, opt.hypers[-1]).sqr_mom
-    if how.lr_factor(updates_made(opt) + num_it//10//per_update + 1, sqr_mom) is None:
+    if how.lr_factor(updates_made(opt) + (num_it//10 + 1)//per_update, sqr_mom) is None:
         raise ValueError(f"num_it={num_it} with sqr_mom={sqr_mom:g}: suggestions ignore the first tenth of the updates, "
                          "which has to cover the momentum phase. Use a larger num_it, or learn.lr_find if sqr_mom is too small to rectify "
                          "at all")

@@ -266,13 +266,13 @@ def plot_runs(
 
 # %% ../nbs/23_plot.ipynb #f3a723fa
 def plot_summary(
-    groups:dict, # Name → records, all with the same metrics
-    metric:str=None, # Column of the epochs; the first metric, or the validation loss if there is none
+    groups:dict, # Name → records
 ) -> plt.Figure:
-    "A metric of all runs, by group"
-    if metric is None:
-        last,not_metrics = next(iter(groups.values()))[0]['epochs'][-1],('epoch', 'step', 'train_loss', 'valid_loss', 'train_secs', 'secs')
-        metric = next((k for k in last if k not in not_metrics), 'valid_loss')
+    "The first metric of all runs that have it, or their validation loss, by group"
+    ends = {name: rs[0]['epochs'][-1] for name,rs in groups.items()}
+    others = 'epoch','step','train_loss','valid_loss','train_secs','secs'
+    metric = next((k for end in ends.values() for k in end if k not in others), 'valid_loss')
+    groups = {name: rs for name,rs in groups.items() if metric in ends[name]}
     names = [n if len(n) <= 80 else f'{n[:79]}…' for n in groups]
     fig,axs = plt.subplots(1, 2, figsize=(10 + .07*max(map(len, names)), max(3., .35*len(groups)+1)), layout='constrained')
     opts = [rs[0]['opt'] for rs in groups.values()]

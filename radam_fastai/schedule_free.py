@@ -17,7 +17,7 @@ __all__ = ['RAdamScheduleFreeFn', 'RAdamScheduleFree', 'ScheduleFree']
 
 # %% ../nbs/05_schedule_free.ipynb #677e7e67
 from collections import defaultdict
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from copy import deepcopy
 from functools import partial
 from importlib.util import find_spec
@@ -26,8 +26,10 @@ from numbers import Real
 from typing import Iterable
 
 import torch
-from fastai.callback.core import Callback, CancelBatchException
+from fastai.basics import Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelTrainException
+from fastai.callback.core import GatherPredsCallback
 from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.hook import HookCallback
 from fastai.callback.schedule import ParamScheduler
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import no_random
@@ -35,7 +37,7 @@ from fastcore.basics import patch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .checkpoint import keep_flags
+from .checkpoint import check_count, keep_flags
 from .functional import check_hypers
 from .optimizer import check_params, fastai_names
 from .torch_optim import RAdamWrapper
@@ -190,7 +192,18 @@ def _recalibrate(model, norms, batches):
             for b,old in zip(m.buffers(), buffers): b.copy_(old) # no batch, a NaN or an interruption: as they were
 
 # %% ../nbs/05_schedule_free.ipynb #1b882a03
-_IN_TRAINING = ParamScheduler,MixedPrecision,_Watcher # callbacks whose `before_batch` is not about the inputs
+_IN_TRAINING = ParamScheduler,MixedPrecision,_Watcher,HookCallback,GatherPredsCallback # their `before_batch` is not about the inputs
+
+@contextmanager
+def _same_batches(dl):
+    "Afterwards `dl`, or one that it wraps, draws the batches that it would have drawn"
+    dls = [o for o in (dl, getattr(dl, 'dl', None)) if o is not None]
+    rngs = [(o, deepcopy(o.rng)) for o in dls if 'rng' in vars(o)]
+    states = [(g, g.get_state()) for o in dls if isinstance(g := getattr(o, 'generator', None), torch.Generator)]
+    try: yield
+    finally:
+        for o,rng in rngs: o.rng = rng
+        for g,state in states: g.set_state(state)
 
 class _Calibrating(Callback):
     "Sets the running statistics of the batch norms in `stale` before they are needed"
@@ -202,19 +215,18 @@ class _Calibrating(Callback):
     def _batches(self):
         "Inputs of training batches; neither the data's nor anyone else's random numbers move on"
         dl,learn = self.dls.train,self.learn
-        rng,was = deepcopy(getattr(dl, 'rng', None)),getattr(learn, 'training', False)
+        was = {'training': False} | {k: v for k,v in vars(learn).items() if k in ('training','iter')}
         cbs = [cb for cb in learn.cbs.sorted('order') if cb is not self and not isinstance(cb, _IN_TRAINING)]
         try:
-            with no_random():
-                for b in islice(dl, self.bn_batches):
+            with no_random(),_same_batches(dl):
+                for learn.iter,b in enumerate(islice(dl, self.bn_batches)):
                     learn._split(learn._set_device(b))
                     learn.training = True
                     with suppress(CancelBatchException):
                         for cb in cbs: cb('before_batch') # they may change the inputs
                         yield learn.xb
-        finally:
-            learn.training = was
-            if rng is not None: dl.rng = rng
+        except (CancelTrainException, CancelEpochException, CancelFitException): pass # a callback takes no more batches
+        finally: vars(learn).update(was)
 
 # %% ../nbs/05_schedule_free.ipynb #8b41866d
 class ScheduleFree(_Calibrating):
@@ -222,7 +234,9 @@ class ScheduleFree(_Calibrating):
     order = ParamScheduler.order+1 # a scheduled β1 is set by then
     def __init__(self,
         bn_batches:int=50, # Training batches from which batch norm's statistics are computed before x is evaluated; 0: they stay those of y
-    ): self.bn_batches,self.stale = bn_batches,[]
+    ):
+        check_count(bn_batches, 'bn_batches')
+        self.bn_batches,self.stale = bn_batches,[]
 
     def before_fit(self):
         if self.opt is not None and not isinstance(self.opt, RAdamScheduleFree): # an exported `Learner` has none

@@ -70,8 +70,10 @@ class RAdam(torch.optim.Optimizer):
 
     def add_param_group(self, param_group:dict):
         "Check the hyper-parameters of a group, and add it"
-        _hypers({**self.defaults, **param_group})
-        super().add_param_group(_plain(param_group))
+        if isinstance(param_group, dict): # or torch says so
+            _hypers({**self.defaults, **param_group})
+            _plain(param_group)
+        super().add_param_group(param_group)
         try: check_distinct(self.param_groups[-1]['params'])
         except ValueError:
             self.param_groups.pop()
@@ -122,6 +124,12 @@ def _readable(opt, state_dict):
     return _to_torch(sd, opt.param_groups) if 'hypers' in state_dict else state_dict
 
 @patch
+def state_dict(self:RAdam) -> dict:
+    "A state that `torch.optim.RAdam` can load: without parameters that only have fastai's flags"
+    sd = torch.optim.Optimizer.state_dict(self)
+    return {**sd, 'state': {i: s for i,s in sd['state'].items() if 'step' in s}}
+
+@patch
 def load_state_dict(self:RAdam,
     state_dict:dict, # State of PyTorch's RAdam or AdamW, of the authors' RAdam, or of fastai's RAdam or Adam
 ):
@@ -133,7 +141,7 @@ def load_state_dict(self:RAdam,
     for p,s in self.state.items():
         for k,v in s.items():
             if k in ('exp_avg', 'exp_avg_sq'): s[k] = copy_like(v, p)
-            elif k == 'step': s[k] = torch.tensor(float(v))
+            elif k == 'step': s[k] = torch.tensor(float(v), dtype=torch.float32, device='cpu') # whatever the default is
             elif isinstance(v, Tensor): s[k] = v.clone()
     for p in old: self.state[p] = {**keep_flags(old[p]), **self.state[p]}
 
@@ -146,6 +154,7 @@ class _WriteThrough(dict):
     def __setitem__(self, k, v):
         self.write(k, v)
         super().__setitem__(k, v)
+    def __reduce__(self): return dict, (dict(self),) # a copy is of the values
     def update(self, *args, **kwargs):
         for k,v in dict(*args, **kwargs).items(): self[k] = v
     def __ior__(self, other):

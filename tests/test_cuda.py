@@ -17,6 +17,7 @@ from radam_fastai.baselines import SGD, Adam
 from radam_fastai.bench.step import profiled, waiter
 from radam_fastai.bucket import Buckets, fastai_keys
 from radam_fastai.optimizer import RAdam, Ranger
+from radam_fastai.recipes import in_memory
 from radam_fastai.recipes.in_memory import Window, cut_out
 from radam_fastai.recorder import RectifierRecorder
 from radam_fastai.torch_optim import RAdam as TorchRAdam, RAdamWrapper
@@ -247,6 +248,17 @@ def test_crops_do_not_wait(device):
     with never_waiting(device) if device == 'cuda' else nullcontext(): x = cut_out(there, windows)
     assert (x.shape, x.device, x.is_contiguous()) == ((9, 3, 32, 32), there.device, True)
     if device == 'cuda': assert (x.cpu()-cut_out(pixels, windows)).abs().max() < 1e-2
+
+def test_one_large_image_among_small_ones(monkeypatch):
+    "What is gathered does not grow to the number of images times the largest of them"
+    pixels,gathered = torch.randint(256, (300*200 + 30*100, 3), dtype=torch.uint8),[]
+    bilinear = in_memory._bilinear
+    monkeypatch.setattr(in_memory, '_bilinear', lambda part, *args: gathered.append(len(part)*args[3]) or bilinear(part, *args))
+    windows = [Window((300, 200)), *(Window((10, 10), 300*200 + 100*i) for i in range(30))]
+    for w in windows: w.crop_pad(w.size, (0, 0), resize_to=(16, 16))
+    together = cut_out(pixels, windows)
+    assert max(gathered) == 300 and len(together) == 31
+    assert torch.equal(together, torch.cat([cut_out(pixels, [w]) for w in windows]))
 
 def test_a_bucket_has_one_device(monkeypatch):
     monkeypatch.setattr(functional, 'has_fused_kernel', lambda device, dtype: False) # or the kernel would tell them apart

@@ -149,6 +149,26 @@ def test_labels_tell_settings_apart():
     other_data = {**rec('adam', .1, 0, .5), 'data':dict(name='e')}
     assert len(set(labels([rec('adam', .1, 0, .5), rec('adam', .1, 1, .5), other_data]))) == 2
 
+def test_labels_tell_data_apart():
+    "By what it is, and not by what its folder is called"
+    def on(name, digest, seed=0): return {**rec('adam', .1, seed, .5), 'data':dict(name=name, train=8, valid=4, digest=digest)}
+    assert labels([on('d','aa'), on('d','aa',1), on('d','bb')]) == ['Adam','Adam','Adam, data d bb']
+    assert labels([on('d','aa'), on('e','aa',1), on('d','aa',2)]) == ['Adam']*3
+    assert labels([on('d','aa'), on('d','aa',1), on('$x^$','bb')])[2] == 'Adam, data x^'
+
+def test_an_optimizer_that_always_diverged_has_no_range():
+    df = merit_table([rec('sgd', lr, 0, float('nan')) for lr in (1.,.1)] + [rec('adam', .1, 0, .5)])
+    assert df.iloc[0].tolist() == ['momentum SGD','diverged','','',''] and df.iloc[1]['at lr'] == '0.1'
+
+def test_variances_of_other_settings_are_not_averaged(monkeypatch):
+    def run(bs, seed, n, scale):
+        kinds = 'rho','first_order','exact','normal','pooled','scaled'
+        seen = dict(update=[*range(1, n+1)], **{k: [scale]*n for k in kinds})
+        return {**rec('radam', .01, seed, .5, sqr_mom=.9, bs=bs), 'notes':dict(variance=seen)}
+    monkeypatch.setattr(theory, 'plot_lr_variance', lambda df, ax: ax.plot([0], label='x') and (ax.legend(), ax)[1])
+    table = theory.show_variance([run(16, 0, 6, 1.), run(16, 1, 6, 3.), run(128, 0, 20, 100.)])['results']
+    assert table.groupby('β2')['simulated'].unique().map(list).to_dict() == {'0.9':['2'], '0.9, bs 128':['100']}
+
 @pytest.mark.parametrize('means,text', [({.1:.7,.01:.695,.001:.5}, '0.01 – 0.1 (×10)'),
                                         ({.1:.7,.01:.6,.001:.7}, '0.001 – 0.001 (×1)'),
                                         ({.1:.7,.03:.6,.01:.7,.003:.695}, '0.003 – 0.01 (×3.33)'), ({.1:.2}, '')])

@@ -57,12 +57,13 @@ def test_finder_on_a_fresh_learner_leaves_no_optimizer():
     assert learn.opt is None and not hasattr(learn.recorder, 'lrs')
 
 def test_finder_with_accumulated_gradients():
-    "A batch without an update keeps the rate of the last one; the first tenth has fewer updates"
+    "r_t is the last update's; the first tenth has fewer updates"
     lrs,_ = found(recorded_learner(RAdam, cbs=[GradientAccumulation(8)]), 130, show_plot=False)
-    taken = [1e-5*1e4**(i/130)*plain_rect((i+1)//2, .99, 5) for i in range(1, 130, 2) if (i+1)//2 > 5]
-    assert lrs[1:21:2] == pytest.approx(taken[1:11], rel=1e-5) == lrs[0:20:2]
-    with pytest.raises(ValueError, match='num_it=80 .* the first tenth of the updates'):
-        rectified_lr_find(recorded_learner(RAdam, cbs=[GradientAccumulation(8)]), num_it=80)
+    assert lrs[:20] == pytest.approx([1e-5*1e4**(i/130)*plain_rect((i+1)//2, .99, 5) for i in range(13, 33)], rel=1e-5)
+    for n in (80, 109): # the batch with which a tenth is over belongs to update 5 at 109, and to update 6 at 110
+        with pytest.raises(ValueError, match=f'num_it={n} .* the first tenth of the updates'):
+            rectified_lr_find(recorded_learner(RAdam, cbs=[GradientAccumulation(8)]), num_it=n)
+    assert np.isfinite(found(recorded_learner(RAdam, cbs=[GradientAccumulation(8)]), 110, show_plot=False)[0]).all()
 
 @pytest.mark.parametrize('opt_func, num_it, match', [
     (fo.Adam, 100, 'has no rectifier: use learn.lr_find'),

@@ -2,6 +2,7 @@
 import copy
 import json
 import math
+import pickle
 import re
 import sys
 import types
@@ -21,6 +22,7 @@ from radam_fastai.guard import load_strict
 from radam_fastai.introspect import updates_made
 from radam_fastai.loggers import FailSafe, LogRectifier
 from radam_fastai.optimizer import RAdam
+from radam_fastai.torch_optim import RAdamWrapper
 
 class SeeHypers(Callback):
     order = 51
@@ -139,6 +141,13 @@ def test_the_table_with_predictions_fetched():
     learn = recorded_learner(RAdam, cbs=[FetchPredsCallback()])
     learn.fit(2, .01)
     assert [len(v) for v in learn.recorder.values] == [4]*2 and len(learn.rectifier.to_frame()) == 32
+
+def test_hypers_that_are_shown_can_be_copied():
+    "By another callback, at the end of a batch"
+    copies = []
+    def copied(learn): copies.extend([copy.deepcopy(learn.opt.hypers), pickle.loads(pickle.dumps(learn.opt.hypers))])
+    for opt_func in RAdam, RAdamWrapper: recorded_learner(opt_func, cbs=[At('after_batch', copied)]).fit(1, .01)
+    assert copies and all({'lr','effective_lr'} <= {*h} and type(h) is dict for hypers in copies[2:] for h in hypers)
 
 @pytest.mark.parametrize('when', [0, 1])
 def test_a_csv_logger_that_cannot_write(when, tmp_path):

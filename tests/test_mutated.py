@@ -359,7 +359,7 @@ def try_about(state, path, about):
     "Go on from a checkpoint that says something else of its run: it is another run, or its record can be written"
     save_checkpoint(path, state)
     try:
-        plan_job([ASKED], path.parent, {}, True)
+        plan_job([ASKED], path.parent, 'test', {}, True)
         found = load_checkpoint(path)
         json.dumps(finish({**found['about'], 'sittings': [*found['about']['sittings'], sitting(2)]}, *(found[k] for k in RECORDED)),
                    default=str)

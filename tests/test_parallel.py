@@ -215,7 +215,7 @@ def test_bars(tmp_path, capsys, clock, monkeypatch):
         ('all', pytest.approx(175/3), '1 of 3 finished, about 0:00:25 left'), ('b', 75, 'epoch 3 of 4')]
 
 def test_the_plan(whole, tmp_path, capsys):
-    "Two runs of 30 seconds, two thirds of a third, none of the fourth: 1 1/3 runs are left, two at once"
+    "Two runs of 30 seconds, two thirds of a third, none of the fourth, which takes as long as any"
     out = tmp_path/'out'
     shutil.copytree(whole, out)
     (out/'adam-2.pth').unlink()
@@ -223,12 +223,12 @@ def test_the_plan(whole, tmp_path, capsys):
     state = load_checkpoint(out/'adam-1.pth')
     save_checkpoint(out/'adam-1.pth', {**state, 'epoch':2, 'about':{**state['about'], 'secs':20.}})
     before = {p: p.read_bytes() for p in out.iterdir()}
-    with FileLock(out/'.lock'): show_plan(runs(), out, Engine(2)) # the job may be going on
+    with FileLock(out/'.lock'): show_plan(runs(), out, 'test', Engine(2)) # the job may be going on
     text = capsys.readouterr().out
     assert [l.split() for l in text.splitlines()[1:5]] == [['radam-1','finished','0:00:30'], ['radam-2','finished','0:00:30'],
                                                            ['adam-1','2','of','3','epochs','0:00:20'], ['adam-2']]
-    assert text.endswith('\n2 of 4 runs are finished, the rest takes about 0:00:20 with 2 at once\n')
-    show_plan(runs(), out, Engine(cluster='dask:there'))
+    assert text.endswith('\n2 of 4 runs are finished, the rest takes about 0:00:30 with 2 at once\n')
+    show_plan(runs(), out, 'test', Engine(cluster='dask:there'))
     assert capsys.readouterr().out.endswith('the rest takes about 0:00:40 on one worker\n')
     assert {p: p.read_bytes() for p in out.iterdir()} == before
 

@@ -95,7 +95,7 @@ def test_presets_are_what_was_published(monkeypatch, images, preset, tmp_path):
     mish = any(isinstance(m, torch.nn.Mish) for m in learn.model.modules())
     attention = any(type(m).__name__ == 'SimpleSelfAttention' for m in learn.model.modules())
     blurs = sum(type(m).__name__ == 'BlurPool2d' for m in learn.model.modules())
-    newer = preset in ('radam','fastai-2020-01','leaderboard-2020-10','ranger-mish-2019-09')
+    newer = preset in ('radam','radam-schedule-free','fastai-2020-01','leaderboard-2020-10','ranger-mish-2019-09')
     assert (mish, attention) == (newer, newer) and blurs == (4 if preset == 'leaderboard-2020-10' else 0)
     normed = any(type(t).__name__ == 'Normalize' for t in learn.dls.train.after_batch.fs)
     crop = any(type(t).__name__ == 'RandomResizedCrop' for t in learn.dls.train.after_item.fs)
@@ -127,6 +127,10 @@ def test_fast_takes_what_the_machine_has(cli, monkeypatch, images, tmp_path, cap
         assert {k: run.options[k] for k in ('channels_last','bf16','fp16',
                                             'compile')} == dict(channels_last=True, bf16=bf16, fp16=False, compile=False)
         assert '--fast: channels-last' in capsys.readouterr().out
+    monkeypatch.setattr(precision, 'has_compiler', lambda: False)
+    monkeypatch.setattr(imagenette, 'has_compiler', lambda: True)
+    options = asked(monkeypatch, images, preset='radam', out=tmp_path, fast=True, channels_last=False, compile=True).options
+    assert (options['channels_last'], options['compile']) == (False, True)
 
 def test_a_compiler_is_needed_to_compile(monkeypatch, images, tmp_path):
     from torch._inductor import cpp_builder

@@ -222,10 +222,22 @@ def test_a_job_that_was_begun_again_and_killed(tmp_path):
     assert job(2, resume=True) == ['a-0-2','a-1-2']
     assert [r['options']['epochs'] for r in read_records(tmp_path/'records.jsonl')] == [1,1,2,2]
 
+def test_another_job_in_the_folder(tmp_path):
+    "It has runs of the same names and settings, which are not this one's"
+    def job(recipe, epochs=1, **kw):
+        run = Run('a', 0, dict(opt='radam', epochs=epochs), lambda: demo.get_learner('radam', 256), lambda l: l.fit_flat_cos(epochs, .01),
+                  dict(name='digits'))
+        return [r['run'] for r in run_job([run], tmp_path, recipe, **kw)]
+    assert job('one') == ['a']
+    with pytest.raises(OptionError, match='a was begun with recipe one, not two'): job('two', resume=True)
+    assert job('two') == ['a-2'] and job('one', resume=True) == ['a'] and job('two', resume=True) == ['a-2']
+    assert job('one', 2) == ['a-3'] # nothing of it was begun
+    assert [r['recipe'] for r in read_records(tmp_path/'records.jsonl')] == ['one','two','one']
+
 def test_the_plan_of_beginning_again(part, capsys):
     run = Run('radam-0', 0, dict(opt='radam', lr=.01, epochs=2), None, None, dict(name='digits'))
     for anew,says in (False, '1 of 2 epochs'), (True, 'radam-0-2'):
-        show_plan([run], part, anew=anew)
+        show_plan([run], part, 'demo', anew=anew)
         assert says in capsys.readouterr().out
 
 def test_finished_runs_are_not_repeated(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -194,6 +195,21 @@ def rec(opt='a', seed=0, acc=.7, options={}, **kw):
                    n_steps=1, rectifier=None, steps=steps, hypers=[dict(sqr_mom=.9)], versions=dict(torch='1', fastai='2'),
                    device=dict(name='m', threads=1)), **kw}
 
+def test_groups_of_two_splits():
+    "A preset's name says which split it is"
+    def on(split, **kw): return rec(data=dict(name='d', train=1, valid=1, split=split), **kw)
+    assert list(groups([on('v1'), on('v2'), on('v1', opt='b', preset='article', changed=[])])) == ['a, split v1', 'a, split v2', 'article']
+
+def test_a_report_on_recipes_with_different_metrics(tmp_path, monkeypatch):
+    "The figure of the published runs shows those of their recipe"
+    other = rec(opt='b', recipe='other')
+    other['epochs'][0]['error_rate'] = 1-other['epochs'][0].pop('accuracy')
+    append_record(tmp_path/'records.jsonl', rec(published=dict(metric='accuracy', mean=.7, source='s')))
+    append_record(tmp_path/'records.jsonl', other)
+    shown = []
+    monkeypatch.setattr('radam_fastai.recipes.report.plot_published', lambda groups: shown.extend(groups) or plt.figure())
+    assert len(report(tmp_path)) == 2 and shown == ['a'] and (tmp_path/'all.png').exists()
+
 def test_groups_are_by_setting_and_not_by_seed():
     recs = [rec(o, s, options=dict(lr=lr, bs=8)) for o in 'ab' for lr in (.1,.2) for s in range(3)]
     assert {k: [r['seed'] for r in rs] for k,rs in groups(recs).items()} == {f'{o}, lr {lr}': [0,1,2] for o in 'ab' for lr in (.1,.2)}
@@ -230,8 +246,8 @@ def test_summary_against_numpy():
 
 @pytest.mark.parametrize('vals,pub,text',
                          [([.7], dict(mean=.8, std=.1, runs=5), '-0.1000, from one run'), ([.5,.5,.5], dict(mean=.5), '+0.0000'),
-    ([.7,.9], dict(mean=.7, std=.1, runs=5), '+0.1000, from two runs'), ([.7,.8,.9], dict(mean=.7), '+0.1000, 1.7 standard errors of ours'),
-    ([.7,.9], dict(mean=.7, unlike='other data'), 'not to be compared: other data')])
+    ([.7,.9], dict(mean=.7, std=.1, runs=5), '+0.1000, from two runs'), ([.7,.8,.9], dict(mean=.7), '+0.1000, 1.7 standard errors of ours')
+])
 def test_compare(vals, pub, text): assert compare(vals, pub) == text
 
 def test_report_needs_records_alone(cli, tmp_path):

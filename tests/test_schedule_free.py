@@ -7,9 +7,10 @@ from functools import partial
 
 import pytest
 import torch
-from fastai.basics import Callback, CancelBatchException, CancelFitException, CancelStepException, Learner
-from fastai.callback.all import GradientAccumulation, SaveModelCallback
+from fastai.basics import Callback, CancelBatchException, CancelFitException, CancelStepException, CancelTrainException, Learner
+from fastai.callback.all import ActivationStats, GradientAccumulation, SaveModelCallback
 from fastai.callback.fp16 import AMPMode
+from fastai.data.core import DataLoaders
 from fastai.learner import load_learner
 from torch import nn
 
@@ -377,6 +378,45 @@ def test_recalibration_changes_nothing_else():
         learn.dls.train.shuffle = True
         learn.dls.train.rng.seed(1)
         torch.manual_seed(1)
+        learn.fit(3, .05)
+        return flat(learn)
+    close(go(0), go(50), 0)
+
+def test_a_callback_that_limits_the_batches():
+    "Limits the calibration, too"
+    class Limit(Callback):
+        def before_batch(self):
+            if self.training and self.iter >= 2: raise CancelTrainException
+    learn = get_learner(cbs=[Limit()])
+    learn.fit(2, .05)
+    conv,norm = learn.model[0][:2]
+    with torch.no_grad(): acts = [conv(x) for x,_ in list(learn.dls.train)[:2]]
+    close(norm.running_mean, torch.stack([a.mean((0,2,3)) for a in acts]).mean(0))
+    assert len(learn.recorder.values) == 2 and learn.iter == 0 # of the validation
+
+def test_calibration_leaves_no_hooks():
+    learn = get_learner(cbs=[ActivationStats(every=2)])
+    learn.fit(2, .05)
+    assert not any(m._forward_hooks for m in learn.model.modules())
+
+def test_calibration_inputs_are_no_ones_predictions():
+    learn = get_learner()
+    with pytest.raises(KeyboardInterrupt): learn.fit(2, .05, cbs=Stop(KeyboardInterrupt(), 2))
+    items = learn.dls.train_ds[8:]
+    xs,preds,_ = learn.get_preds(dl=learn.dls.valid.new(items), with_input=True)
+    assert len(preds) == 12 and torch.equal(xs, torch.stack([x for x,_ in items]))
+
+@pytest.mark.parametrize('wrapped', [False, True])
+def test_calibration_draws_no_batches_of_pytorchs(wrapped):
+    "With a generator of its own, also where another DataLoader wraps it"
+    def go(bn_batches):
+        learn = get_learner(bn_batches=bn_batches)
+        class Wrapper:
+            def __init__(self, dl): self.dl,self.dataset,self.device = dl,dl.dataset,None
+            def __iter__(self): return iter(self.dl)
+            def __len__(self): return len(self.dl)
+        dl = torch.utils.data.DataLoader(learn.dls.train_ds, 4, shuffle=True, generator=torch.Generator().manual_seed(0))
+        learn.dls = DataLoaders(Wrapper(dl) if wrapped else dl, learn.dls.valid)
         learn.fit(3, .05)
         return flat(learn)
     close(go(0), go(50), 0)

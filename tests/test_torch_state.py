@@ -21,6 +21,23 @@ def test_state_dict_has_torchs_keys():
             assert (sa['state'][i][k].dtype, sa['state'][i][k].shape) == (v.dtype, v.shape)
             close([sa['state'][i][k]], [v])
 
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
+def test_counts_whatever_the_default_dtype(dtype):
+    a,oa = torch_build(RAdam)
+    torch_run(a, oa, range(1))
+    sd = oa.state_dict()
+    for s in sd['state'].values(): s['step'].fill_(70001)
+    torch.set_default_dtype(dtype)
+    try:
+        b,ob = torch_build(RAdam)
+        ob.load_state_dict(sd)
+        assert {(s['step'].item(), s['step'].dtype) for s in ob.state.values()} == {(70001., torch.float32)}
+    finally: torch.set_default_dtype(torch.float32)
+
+def test_a_list_is_no_group():
+    opt = RAdam(fresh())
+    with pytest.raises(TypeError, match='must be a dict'): opt.add_param_group(fresh())
+
 @pytest.mark.parametrize('n', [0, 3, 8])
 @pytest.mark.parametrize('first,second', [(RAdam, Torch), (Torch, RAdam)], ids=['ours to torch', 'torch to ours'])
 def test_runs_go_on_in_the_other_class(first, second, n):

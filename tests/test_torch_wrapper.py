@@ -1,5 +1,7 @@
 "`RAdamWrapper` by itself: hypers, flags, and what it wraps; `test_learner` has it in a Learner."
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -25,6 +27,24 @@ def test_wrapper_hypers_write_through():
     b = fresh()
     ob = Torch([dict(params=b[:1], lr=.001, weight_decay=.2, betas=(.9,.95)), dict(params=b[1:], lr=.1, weight_decay=.1, betas=(.7,.95))])
     close(torch_run(ps, opt, range(12)), torch_run(b, ob, range(12)))
+
+def test_a_copy_of_the_hypers_is_of_numbers():
+    opt = RAdamWrapper(fresh(), **TORCH_HYPERS)
+    h = opt.hypers[0]
+    for c in copy.deepcopy(h), pickle.loads(pickle.dumps(h)): assert type(c) is dict and c == h
+    assert len(pickle.dumps(h)) < 300 # without the optimizer
+
+def test_the_state_of_a_frozen_body_is_torchs():
+    "Its parameters have flags alone"
+    ps,qs = fresh(),fresh()
+    opt,theirs = RAdamWrapper([ps[:1], ps[1:]], **TORCH_HYPERS),Torch([dict(params=qs[:1]), dict(params=qs[1:])], **TORCH_HYPERS)
+    for p in ps: opt.state[p]['do_wd'] = True
+    opt.freeze_to(1)
+    torch_run(ps, opt, range(8), missing=[0])
+    theirs.load_state_dict(opt.state_dict())
+    with torch.no_grad(): torch._foreach_copy_(qs, ps)
+    opt.unfreeze()
+    close(torch_run(ps, opt, range(8, 16)), torch_run(qs, theirs, range(8, 16)))
 
 def test_wrapper_flags():
     "`do_wd` and `force_train`, set before the first step or later, work and outlive `clear_state`"

@@ -37,7 +37,7 @@ def check_options(
     o = SimpleNamespace(what=what, **{k: v if given[k] is None else given[k] for k,v in bench.defaults.items()})
     if bench.models: o.models = names('models', o.models, bench.models)
     if bench.optims: o.optims = list(dict.fromkeys(['ours', *names('optims', o.optims, bench.optims)]))
-    if path := vars(o).get('path'): check((path := expanded('path', path)).exists(), f'--path {path}: no such folder')
+    if path := vars(o).get('path'): check((path := expanded('path', path)).is_dir(), f'--path {path}: no such folder')
     o.threads,o.device,o.seed = torch.get_num_threads() if threads is None else threads,device or devices()[0],seed
     check_ranges(vars(o), dict(rounds=(1,10**6), warmup=(bench.least_warmup,10**6), bs=(2,4096), size=(32,1024), minutes=(.1,10**4),
                                threads=(1, max(cpu_count(), torch.get_num_threads())), seed=(0,2**32-1)))
@@ -49,8 +49,10 @@ def check_options(
 @command(pos=['what'])
 def main(
     what:str='step', # step (of optimizers), growth (of its cost), callback (in a training step), train (its parts) or gpu (all of them)
-    models:str=None, # step: xresnet18, xresnet50, awd_lstm, small; growth: 10x64, …; callback, train: xresnet18, xresnet50 (default: all)
-    optims:str=None, # step, growth: what to time beside ours, separated by commas (names and default: below)
+    # step: xresnet18, xresnet50, awd_lstm, small; growth: 10x64, … (default: all); callback, train: xresnet18, xresnet50
+    # (default: callback xresnet18, train xresnet50)
+    models:str=None,
+    optims:str=None, # step, growth: what to time beside ours, separated by commas (names and default: above)
     rounds:int=None, # Timed rounds; of 6 steps of each in step and growth, 10 in callback, 1 in train (default: 25, 5, 15, 5)
     warmup:int=None, # Steps of each before the first round; at least 10 in step and growth (default: 10; callback 3, train 1)
     bs:int=None, # callback, train: images a batch, at least 2 (default: 32, 64)

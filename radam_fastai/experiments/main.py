@@ -98,12 +98,12 @@ def main(
     report:Path=None, # Train nothing: report on the records below this folder
 ):
     "Run an experiment about RAdam: every contender, every learning rate, several seeds."
+    check(name is None or name in EXPERIMENTS, f"{name}: no such experiment; choose from {', '.join(EXPERIMENTS)}")
     if report is not None:
         report = expanded('report', report)
         tables = [o for o in report_experiments(report).values() if isinstance(o, pd.DataFrame)]
         return print(*(f'\n{terminal_table(o)}' for o in tables), f'{report}/table.md', sep='\n')
     if name is None: return print(*(f'{k:<16}{exp.question}' for k,exp in EXPERIMENTS.items()), sep='\n')
-    check(name in EXPERIMENTS, f"{name}: no such experiment; choose from {', '.join(EXPERIMENTS)}")
     exp = EXPERIMENTS[name]
     check_choice('budget', budget, exp.budgets)
     check_ranges(dict(n_items=n_items, seed=seed, runs=runs), {'n_items':(10,10**9), 'seed':RANGES['seed'], 'runs':(1,1000)})
@@ -111,7 +111,7 @@ def main(
     shared = {**shared, **{k: v for k,v in dict(epochs=epochs, bs=bs, n_items=n_items).items() if v is not None}}
     todo = get_runs(exp, shared, narrowed(cells, opts, lrs), range(seed, seed+runs), path)
     out,shown = out or Path('runs')/name,{}
-    if plan: return show_plan(todo, out, engine, anew)
+    if plan: return show_plan(todo, out, name, engine, anew)
     def write(*args, **kwargs): shown.update(report_experiments(*args, **kwargs))
     records = run_job(todo, check_out(out), name, resume, keep, write, anew, engine)
     if is_main(): print(*(f'\n{terminal_table(o)}' for o in shown.values() if isinstance(o, pd.DataFrame)), *conditions(records), sep='\n')

@@ -84,16 +84,25 @@ def get_runs(
     return runs
 
 # %% ../../nbs/50_experiments.sweep.ipynb #2d0c4540
+def data_names(
+    records:list, # Records of runs
+) -> list[str]: # One per record
+    "What the data of each record is called: its folder's name, with the digest if other data has that name"
+    known = [r['data'].get('digest', r['data']['name']) for r in records]
+    first = {d: r['data']['name'] for d,r in zip(reversed(known), reversed(records))}
+    shared = {n for n,k in Counter(first.values()).items() if k > 1}
+    return [f'{first[d]} {d}' if first[d] in shared else first[d] for d in known]
+
 def labels(
     records:list, # Records of runs
 ) -> list[str]: # One per record
     "The contender of each record: its optimizer, and every setting but the learning rate that most records do not share"
-    sets = [{**settings(r), 'data': r['data']['name']} for r in records]
+    sets = [{**settings(r), 'data': d} for r,d in zip(records, data_names(records))]
     counts = {k: Counter(s[k] for s in sets if k in s) for s in sets for k in s if k not in ('opt','lr')}
     usual = {k: v for k,c in counts.items() for v,n in c.items() if n > len(sets)/2 and k != 'n_steps'}
     def text(k, v): return f'{v} updates' if k == 'n_steps' else f'{k} {v:g}' if isinstance(v, float) else f'{k} {v}'
     def name(s): return ', '.join([OPTIMS[s['opt']].label, *(text(k, v) for k,v in s.items() if k in counts and v != usual.get(k))])
-    return [name(s) for s in sets]
+    return [name(s).replace('$', '') for s in sets] # matplotlib reads text between two $ as a formula
 
 def lines(
     records:list, # Records of runs
@@ -164,10 +173,11 @@ def merit_table(
     top = m.best(v for at in means.values() for v in at.values())
     def row(name, at):
         best = m.best(at.values())
+        if best == m.worst: return {'': name, f'best {metric}': 'diverged'}
         lr = next(lr for lr,v in at.items() if v == best)
         return {'': name, f'best {metric}': f'{best:.{m.digits}f}', 'at lr': f'{lr:g}',
                 f'{m.within} of its best': near_range(at, best, m.near), f'{m.within} of the best of all': near_range(at, top, m.near)}
-    return pd.DataFrame([row(*o) for o in means.items()])
+    return pd.DataFrame([row(*o) for o in means.items()]).fillna('')
 
 # %% ../../nbs/50_experiments.sweep.ipynb #c8a68b24
 def panels(

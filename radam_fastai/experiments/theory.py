@@ -17,7 +17,7 @@ import pandas as pd
 from fastcore.basics import groupby
 
 from .images import SMALL, ImageSettings, image_learner, load_images
-from .sweep import Experiment, grid, label_panels, panels
+from .sweep import Experiment, grid, label_panels, labels, panels
 from ..gradients import AdaptiveLRVariance
 from ..plot import new_axes, opt_color, plot_lr_variance
 from ..recipes.report import facts
@@ -50,9 +50,12 @@ def show_variance(
     records:list, # Records of runs of `variance`
 ) -> dict: # File name without its suffix → `DataFrame` or figure
     "The figure of the variances, a panel for each β2, and some of its numbers"
-    by = sorted(groupby(records, lambda r: (_sqr_mom(r), r['options']['lr'])).items())
-    several = len({lr for (_,lr),_ in by}) > 1
-    frames = {f'{b:g}' + f', lr {lr:g}'*several: variance_frame(rs) for (b,lr),rs in by}
+    by = groupby(zip(labels(records), records), lambda o: (_sqr_mom(o[1]), o[1]['options']['lr'], o[0]))
+    several = len({lr for _,lr,_ in by}) > 1
+    def title(b, lr, label):
+        others = [part for part in label.split(', ')[1:] if not part.startswith('sqr_mom ')]
+        return ', '.join([f'{b:g}', *([f'lr {lr:g}']*several), *others])
+    frames = {title(*k): variance_frame([r for _,r in by[k]]) for k in sorted(by)}
     axs = panels(len(frames), 4.5, 4)
     for ax,(b,df) in zip(axs, frames.items()):
         plot_lr_variance(df, ax).set_title(f'β2 {b}')

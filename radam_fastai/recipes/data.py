@@ -132,24 +132,21 @@ def download(
 def image_files(
     path:Path, # Folder that holds `train` and `val`
     split:str, # Folder in it, such as `train`
-    n_classes:int=10, # Number of classes that must be there
 ) -> dict: # Class (folder name) → sorted files
     "The images of one split; an `OptionError` says what is missing"
     check((path/split).is_dir(), f'--path {path}: holds no folder {split}; looked for {path/split}')
-    files = {d.name: sorted(get_image_files(d)) for d in sorted((path/split).iterdir()) if d.is_dir()}
+    files = {d.name: sorted(get_image_files(d, recurse=False)) for d in sorted((path/split).iterdir()) if d.is_dir()}
     files = {k: fs for k,fs in files.items() if fs}
-    check(len(files)==n_classes,
-          f'--path {path}: {path/split} should hold images of {n_classes} classes, one folder each, found {len(files)}')
+    check(len(files)==10, f'--path {path}: {path/split} should hold images of 10 classes, one folder each, found {len(files)}')
     return files
 
 # %% ../../nbs/37_recipes.data.ipynb #41c9772c
 def split_files(
     path:Path, # Folder that holds the splits
     splits:tuple=('train','val'), # Folders of training and validation images
-    n_classes:int=10, # Number of classes that must be there
 ) -> tuple[dict, dict]: # Class → sorted files, of training and validation
     "The images of both splits, which must have the same classes"
-    train,valid = (image_files(path, s, n_classes) for s in splits)
+    train,valid = (image_files(path, s) for s in splits)
     check(train.keys()==valid.keys(),
           f"--path {path}: {splits[0]} and {splits[1]} have different classes: {', '.join(sorted(train.keys() ^ valid.keys()))}")
     return train,valid

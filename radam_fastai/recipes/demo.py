@@ -103,7 +103,7 @@ def main(
     with torch_threads(1):
         check_ranges(dict(epochs=epochs, lr=lr, bs=bs, seed=seed), {**RANGES, 'bs':(2,1437)})
         runs,engine = get_runs(range(seed, seed+3), lr, epochs=epochs, bs=bs),Engine(jobs, cluster)
-        if plan: return show_plan(runs, out, engine, anew)
+        if plan: return show_plan(runs, out, 'demo', engine, anew)
         records = run_job(runs, out := check_out(out), 'demo', resume, anew=anew, engine=engine)
         if is_main():
             figure = save_figure(demo_figure(records), out/'demo.png')

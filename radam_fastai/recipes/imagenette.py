@@ -164,11 +164,12 @@ def get_learner(
 def fastest(
     s:ImagenetteSettings,
     device:str, # 'cuda' or 'cpu'
-    keep:bool=False, # Keep the precision in `s`
+    keep=(), # Fields of `s` to keep
 ) -> ImagenetteSettings:
     "`s`, with the memory order, precision and compilation that suit `device`"
-    picked = {k: v for k,v in fast_settings(s.act_fn, device).items() if not (keep and k in ('fp16','bf16'))}
-    if is_main(): print(f"--fast: {', '.join(k.replace('_','-') for k,v in picked.items() if v)} on this {device}")
+    picked = {k: v for k,v in fast_settings(s.act_fn, device).items() if k not in keep}
+    names = [k.replace('_','-') for k,v in picked.items() if v]
+    if is_main(): print(f"--fast: {', '.join(names) or 'nothing more'} on this {device}")
     return replace(s, **picked)
 
 # %% ../../nbs/41_recipes.imagenette.ipynb #fb759ad0
@@ -239,9 +240,9 @@ def main(
     dump:Flag=False, # Only print settings and network
     workers:int=None, # Processes that read images (default: one per core, at most 16)
     in_memory:Flag=False, # Decode the images once, keep them in memory, and crop them in batches on the device that trains
-    fast:Flag=False, # Choose --channels-last, --bf16 or --fp16, and --compile as suits this machine
-    channels_last:Flag=False, # Keep the weights of convolutions in channels-last order
-    compile:Flag=False, # Compile the network
+    fast:Flag=False, # Choose --channels-last, --bf16 or --fp16, and --compile as suits this machine, where they are not given
+    channels_last:Flag=None, # Keep the weights of convolutions in channels-last order
+    compile:Flag=None, # Compile the network
     epochs:int=None, # Passes over the training images (default: the preset's, as for all below)
     size:int=None, # Side of the images, pixels
     bs:int=None, # Images per batch, of all processes together
@@ -272,12 +273,12 @@ def main(
     opts = dict(locals())
     if report is not None: return print(f"\n{terminal_table(write_report(report := expanded('report', report)))}\n\n{report}/table.md")
     given = {f.name: v for f in fields(ImagenetteSettings) if (v := opts[OPTION.get(f.name, f.name)]) is not None}
-    device = default_device().type
+    device,asked = default_device().type,{*given, *(('fp16','bf16') if {'fp16','bf16'} & {*given} else ())}
     if device != 'cuda' and not fp16 and not bf16: given.update(fp16=False, bf16=False)
     s,changed = resolve(preset, given)
     check_ranges(opts, {'seed':RANGES['seed'], 'runs':(1,1000), 'workers':(0,256)})
     engine = Engine(jobs, cluster)
-    if fast: s = fastest(s, device, keep=fp16 is not None or bf16 is not None)
+    if fast: s = fastest(s, device, keep=asked)
     check_machine(s)
     if dump: return print(json.dumps({k: s.options()[k] for k in COMMON}, indent=1), model_of(s), sep='\n')
     path,source = find_images(path, s.size, woof)
@@ -286,7 +287,7 @@ def main(
     check_counts(s, files[0])
     about = dict(preset=preset, changed=changed, published=published(preset) if not (changed or woof or n_items is not None) else None)
     runs = get_runs(s, range(seed, seed+runs), files, dict(source=source), about, path, workers, in_memory)
-    if plan: return show_plan(runs, out, engine, anew)
+    if plan: return show_plan(runs, out, 'imagenette', engine, anew)
     records = run_job(runs, check_out(out), 'imagenette', resume, keep, anew=anew, engine=engine)
     if is_main(): print(f'\n{terminal_table(summary(records))}\n', *conditions(records), sep='\n')
     return records

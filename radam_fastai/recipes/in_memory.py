@@ -132,6 +132,8 @@ def cut_out(
     "The parts that `windows` want, resized"
     rows,size,device = torch.tensor([w.row() for w in windows]).T,windows[0].size,pixels.device
     w,h = rows[2:4].amax(1).tolist()
+    if len(windows) > 1 and w*h*len(windows) > 4*(rows[2]*rows[3]).sum(): # sizes too different to share one grid
+        return torch.cat([cut_out(pixels, [o]) for o in windows])
     first,wide,part_w,part_h,to_w,to_h,cut_x,cut_y,mirrored = rows.to(device, non_blocking=True) # without waiting for the GPU
     line = first[:,None] + torch.arange(h, device=device)*wide[:,None]
     at = line[:,:,None] + torch.arange(w, device=device)

@@ -136,12 +136,14 @@ def difference(
     run:Run, # Asked for
     found:dict, # What the record or the checkpoint of an earlier run of that name says
     out:Path, # Where it was found
+    recipe:str, # Name of the job that asks
 ) -> str: # A sentence; empty if it is the same run
     "What an earlier run was begun with that is not asked for now"
-    wrong = wrong_form(found, dict(run=str, seed=int, options=dict, data=dict))
+    wrong = wrong_form(found, dict(run=str, recipe=str, seed=int, options=dict, data=dict))
     check(not wrong, f"--out {out}: what it says of an earlier {run.name} is not of a recipe ({wrong}): name another --out")
     def plain(o): return json.loads(json.dumps(o, default=str))
-    mine,theirs = plain(dict(**run.options, seed=run.seed)),{**found['options'], 'seed': found['seed']}
+    mine = plain(dict(recipe=recipe, **run.options, seed=run.seed))
+    theirs = {'recipe': found['recipe'], **found['options'], 'seed': found['seed']}
     data = {k: v for k,v in data_facts(plain(run.data)).items() if k in found['data'] and found['data'][k] != v}
     differ = [f"{k} {theirs.get(k)}, not {mine.get(k)}" for k in dict.fromkeys([*theirs, *mine]) if theirs.get(k) != mine.get(k)]
     differ += [f"data with {k} {found['data'][k]}, not {v}" for k,v in data.items()]
@@ -175,17 +177,6 @@ def finished(
     "The finished runs in `out`"
     return {r['run']: r for r in read_runs(path)} if (path := out/'records.jsonl').exists() else {}
 
-def check_finished(
-    runs:list, # Asked for
-    out:Path, # Folder of the job
-    done:dict, # Name → record, of the finished runs in it
-):
-    "Raise an `OptionError` if some of `runs` were begun in `out`, and not all of them are finished"
-    taken = {run.name: taken_names(run, out, done) for run in runs}
-    left = [(t or [name])[-1] for name,t in taken.items() if not t or t[-1] not in done]
-    check(not (left and any(taken.values())),
-          f"--out {out}: {left[0] if left else ''} is not finished there; --resume goes on with this job, --anew begins it again")
-
 class Planned(NamedTuple):
     "A run, and what is there of it"
     run:Run
@@ -202,6 +193,7 @@ class Planned(NamedTuple):
 def plan_run(
     run:Run, # Asked for
     out:Path, # Folder of the job
+    recipe:str, # Its name
     done:dict, # Name → record, of the finished runs in it
     resume:bool, # Whether to go on with what is there
 ) -> Planned:
@@ -213,21 +205,31 @@ def plan_run(
             state = load_checkpoint(path := out/f'{name}.pth')
             check_begun(state.get('about'), path)
             p = p._replace(about=state['about'], epochs=(state['epoch'], state['n_epoch']))
-        if not (why := difference(run, p.record or p.about, out)): return p
+        if not (why := difference(run, p.record or p.about, out, recipe)): return p
         differs = differs or why
     return Planned(run, f"{run.name}{f'-{len(taken)+1}' if taken else ''}", differs=differs)
 
 def plan_job(
     runs:list, # Asked for
     out:Path, # Folder of the job
+    recipe:str, # Its name
     done:dict, # Name → record, of the finished runs in it
     resume:bool, # Whether to go on with what is there
 ) -> list: # `Planned`
     "What is there of each run; an `OptionError` if nothing is, but other runs of their names"
-    plan = [plan_run(run, out, done, resume) for run in runs]
-    if not any(p.record or p.about for p in plan):
+    plan = [plan_run(run, out, recipe, done, resume) for run in runs]
+    if not any(p.begun for p in plan):
         for p in plan: check(not p.differs, p.differs)
     return plan
+
+def check_finished(
+    plan:list, # `Planned`
+    out:Path, # Folder of the job
+):
+    "Raise an `OptionError` if some runs of `plan` were begun in `out`, and not all of them are finished"
+    left = [p.name for p in plan if not p.record]
+    check(not (left and any(p.begun for p in plan)),
+          f"--out {out}: {left and left[0]} is not finished there; --resume goes on with this job, --anew begins it again")
 
 # %% ../../nbs/36_recipes.jobs.ipynb #42a54ee4
 @contextmanager
@@ -335,8 +337,8 @@ def run_job(
     with processes() as wait,only_job(out) if is_main() else nullcontext():
         wait() # until the first process has written what is of an earlier job
         done = finished(out)
-        if not (resume or anew): check_finished(runs, out, done)
-        plan = plan_job(runs, out, done, resume)
+        if not (resume or anew): check_finished([plan_run(run, out, recipe, done, True) for run in runs], out)
+        plan = plan_job(runs, out, recipe, done, resume)
         wait() # until all have read
         for p in plan:
             if p.record and p.record.get('kept') is False and not keep and is_main(): # killed before it was deleted?
@@ -358,20 +360,22 @@ def run_job(
 def show_plan(
     runs:list, # `Run`s
     out:Path, # Folder of the job
+    recipe:str, # Its name
     engine:Engine=Engine(), # What is to train them
     anew:bool=False, # Whether they begin again
 ):
     "Print what is done of `runs` in `out`, what is left, and about how long it takes"
     out = expanded('out', out)
-    plan = plan_job(runs, out, finished(out), not anew) if os.path.isdir(out) else [Planned(run, run.name) for run in runs]
+    plan = plan_job(runs, out, recipe, finished(out), not anew) if os.path.isdir(out) else [Planned(run, run.name) for run in runs]
     def row(p):
         if p.record: return p.name,'finished',1.,p.record['secs']
         if p.about: return p.name,'{} of {} epochs'.format(*p.epochs),p.epochs[0]/p.epochs[1],p.about['secs']
         return p.name,'',0.,0.
     names,states,parts,secs = zip(*map(row, plan))
     print(terminal_table(pd.DataFrame(dict(run=names, done=states, took=[str(timedelta(seconds=round(s))) if s else '' for s in secs]))))
-    left,n = len(runs)-sum(parts),engine.jobs or 1
-    needs = timedelta(seconds=round(left*sum(secs)/sum(parts)/n)) if any(parts) else None
+    left,n = [1-p for p in parts],engine.jobs or 1
+    rounds = max(sum(left)/n, *left) # a run is not shared
+    needs = timedelta(seconds=round(rounds*sum(secs)/sum(parts))) if any(parts) else None
     print(f"\n{states.count('finished')} of {len(runs)} runs are finished", end='')
     how = 'on one worker' if engine.cluster and not engine.jobs else f'with {n} at once'
-    print(f', the rest takes about {needs} {how}' if left and needs else '')
+    print(f', the rest takes about {needs} {how}' if needs else '')

@@ -58,12 +58,13 @@ _notebook = 'https://github.com/mgrankin/over9000/blob/{}/Imagenette_128_5_epoch
 _over9000_v1,_over9000 = (dict(runs=20, source=_notebook.format(commit)) for commit in ('10552a2','bcc65f8'))
 _adam = dict(opt='adam', lr=3e-3, sched='one_cycle', pct_start=.3)
 _article = dict(runs=1, source='https://medium.com/@lessw/new-state-of-the-art-ai-optimizer-rectified-adam-radam-5d854730807b')
+_radam = dict(act_fn='Mish', pool='MaxPool', sa=True, aug='resize', bs=32, wd=1e-4, lr=8e-3)
 _2020_01 = dict(arch='xse_resnext50', act_fn='Mish', pool='MaxPool', sa=True, norm=False, pct_start=.75, opt='ranger', lr=8e-3, mom=.95)
 _2020_10 = dict(_2020_01, pool='MaxBlurPool', aug='resize', bs=32, wd=1e-4)
 
 PRESETS = { # name: (what it changes in COMMON, published figure)
-    'radam': (dict(act_fn='Mish', pool='MaxPool', sa=True, aug='resize', bs=32, wd=1e-4, lr=8e-3), None),
-    'radam-schedule-free': (dict(pool='MaxPool', aug='resize', bs=32, wd=1e-4, lr=8e-3, opt='schedule-free', sched='flat'), None),
+    'radam': (_radam, None),
+    'radam-schedule-free': (dict(_radam, opt='schedule-free', sched='flat'), None),
     'over9000-adam': (_adam, dict(_over9000, mean=.7784, std=.0054)),
     'over9000-radam': ({}, dict(_over9000, mean=.7696, std=.0084)),
     'over9000-ranger': (dict(opt='ranger'), dict(_over9000, mean=.7844, std=.0056)),

@@ -67,11 +67,12 @@ def groups(
     records:list, # Records of runs
 ) -> dict: # Name of the group → its records, in the given order
     "Runs that differ only in their seed"
-    res,varying = groupby(records, _asked),_varying(map(settings, records))
+    def told(r): return {**settings(r), **{k: r['data'][k] for k in ['split'] if k in r['data']}}
+    res,varying = groupby(records, _asked),_varying(map(told, records))
     def label(r):
         n = settings(r).get('n_items')
         if r.get('preset') and not r.get('changed'): return r['preset'] + (f', n_items {n}' if n else '')
-        return _label(r['opt'], settings(r), varying)
+        return _label(r['opt'], told(r), varying)
     names = [label(rs[0]) for rs in res.values()]
     for name in [n for n,k in Counter(names).items() if k > 1]: # further facts tell them apart
         same = {i: facts(rs[0]) for i,(n,rs) in enumerate(zip(names, res.values())) if n == name}
@@ -100,10 +101,9 @@ def mean_std(
 
 def compare(
     vals, # Ours, one per run
-    published:dict, # `mean`; `std` and `runs` if known; `unlike` if the two cannot be compared
+    published:dict, # `mean`; `std` and `runs` if known
 ) -> str: # Such as `+0.0075, 2.1 standard errors`
     "How far the mean of `vals` is from the published one, in standard errors of the difference (Welch's)"
-    if published.get('unlike'): return f"not to be compared: {published['unlike']}"
     diff,n,std = np.mean(vals)-published['mean'],published.get('runs'),published.get('std')
     if len(vals) < 3: return f"{diff:+.4f}, from {['one run','two runs'][len(vals)-1]}" # too few for an error of their own
     known = bool(std and n)
@@ -242,6 +242,6 @@ def report(
     with replacing(Path(folder)/'table.md') as tmp: tmp.write_text(text, encoding='utf-8')
     by = groups(records)
     save_figure(plot_summary(by), Path(folder)/'all.png')
-    if any(rs[0].get('published') for rs in by.values()):
-        save_figure(plot_published({k: rs for k,rs in by.items() if 'accuracy' in rs[0]['epochs'][-1]}), Path(folder)/'published.png')
+    recipes = {rs[0]['recipe'] for rs in by.values() if rs[0].get('published')}
+    if recipes: save_figure(plot_published({k: rs for k,rs in by.items() if rs[0]['recipe'] in recipes}), Path(folder)/'published.png')
     return table
