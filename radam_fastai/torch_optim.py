@@ -124,12 +124,6 @@ def _readable(opt, state_dict):
     return _to_torch(sd, opt.param_groups) if 'hypers' in state_dict else state_dict
 
 @patch
-def state_dict(self:RAdam) -> dict:
-    "A state that `torch.optim.RAdam` can load: without parameters that only have fastai's flags"
-    sd = torch.optim.Optimizer.state_dict(self)
-    return {**sd, 'state': {i: s for i,s in sd['state'].items() if 'step' in s}}
-
-@patch
 def load_state_dict(self:RAdam,
     state_dict:dict, # State of PyTorch's RAdam or AdamW, of the authors' RAdam, or of fastai's RAdam or Adam
 ):
@@ -203,6 +197,11 @@ class RAdamWrapper(OptimWrapper):
     def _set_hyper(self, k, v):
         # a schedule's, which would not load under `weights_only`
         super()._set_hyper(k, [float(o) if isinstance(o, np.floating) else o for o in v])
+
+    def state_dict(self) -> dict:
+        "A state that `torch.optim.RAdam` can load: without the flags of parameters that were never updated"
+        sd = self.opt.state_dict()
+        return {**sd, 'state': {i: s for i,s in sd['state'].items() if 'step' in s}}
 
     def clear_state(self):
         "Forget averages and step counts, but not fastai's flags"

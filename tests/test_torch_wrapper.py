@@ -41,7 +41,7 @@ def test_the_state_of_a_frozen_body_is_torchs():
     for p in ps: opt.state[p]['do_wd'] = True
     opt.freeze_to(1)
     torch_run(ps, opt, range(8), missing=[0])
-    theirs.load_state_dict(opt.state_dict())
+    theirs.load_state_dict(copy.deepcopy(opt.state_dict())) # torch would share its tensors
     with torch.no_grad(): torch._foreach_copy_(qs, ps)
     opt.unfreeze()
     close(torch_run(ps, opt, range(8, 16)), torch_run(qs, theirs, range(8, 16)))
