@@ -88,6 +88,7 @@ def main(
     epochs:int=None, # Passes over the data (default: the budget's)
     bs:int=None, # Items per batch (default: the budget's)
     n_items:int=None, # Training images, or tokens (default: the budget's)
+    bf16:Flag=None, # Train on images in bfloat16 (default: the budget's)
     out:Path=None, # Folder for records, figures and checkpoints (default: runs/NAME)
     resume:Flag=False, # Continue the job in `out`; finished runs are not repeated
     anew:Flag=False, # Start again; what is in `out` stays
@@ -108,7 +109,8 @@ def main(
     check_choice('budget', budget, exp.budgets)
     check_ranges(dict(n_items=n_items, seed=seed, runs=runs), {'n_items':(10,10**9), 'seed':RANGES['seed'], 'runs':(1,1000)})
     engine,(shared,cells) = Engine(jobs, cluster),exp.budgets[budget]
-    shared = {**shared, **{k: v for k,v in dict(epochs=epochs, bs=bs, n_items=n_items).items() if v is not None}}
+    check(bf16 is None or hasattr(exp.settings, 'bf16'), f'--bf16: is for experiments on images; {name} trains in single precision')
+    shared = {**shared, **{k: v for k,v in dict(epochs=epochs, bs=bs, n_items=n_items, bf16=bf16).items() if v is not None}}
     todo = get_runs(exp, shared, narrowed(cells, opts, lrs), range(seed, seed+runs), path)
     out,shown = out or Path('runs')/name,{}
     if plan: return show_plan(todo, out, name, engine, anew)
