@@ -799,6 +799,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                     'radam_fastai/recipes/imagenette.py'),
                                                  'radam_fastai.recipes.imagenette.check_size': ( 'recipes.imagenette.html#check_size',
                                                                                                  'radam_fastai/recipes/imagenette.py'),
+                                                 'radam_fastai.recipes.imagenette.counts': ( 'recipes.imagenette.html#counts',
+                                                                                             'radam_fastai/recipes/imagenette.py'),
                                                  'radam_fastai.recipes.imagenette.fastest': ( 'recipes.imagenette.html#fastest',
                                                                                               'radam_fastai/recipes/imagenette.py'),
                                                  'radam_fastai.recipes.imagenette.find_images': ( 'recipes.imagenette.html#find_images',

@@ -110,6 +110,15 @@ def test_the_medium_budget(folder, name, n_lrs):
     with learn.no_bar(),learn.no_logging(): run.fit(learn)
     assert dtypes == {torch.bfloat16} and learn.train_iter == 5 and run.options['bf16'] and run.data['size'] == 32
 
+def test_precision_of_a_budget(cli, folder, tmp_path):
+    "`--bf16 0` trains in single precision where the budget says bfloat16; a text model has no such choice"
+    status,out,_ = cli('experiment', *'lr-robustness --budget medium --bf16 0 --runs 1 --opts radam --lrs .01 --epochs 1 --bs 16'.split(),
+                       '--path', folder, '--out', tmp_path)
+    r, = read_records(tmp_path/'records.jsonl')
+    assert status == 0 and r['options']['bf16'] is False and ', float32' in out
+    status,_,err = cli('experiment', 'language', '--bf16', '0', '--out', tmp_path/'text')
+    assert status == 2 and 'language trains in single precision' in err and not (tmp_path/'text').exists()
+
 @pytest.mark.parametrize('opt', optims('recipe', 'experiment'))
 def test_contenders_honour_their_settings(opt):
     n = dict(n_steps=7) if opt in ('adam-warmup','adam-2k') else {}

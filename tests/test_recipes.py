@@ -114,7 +114,12 @@ def test_published_figures_stand_with_their_split():
         assert all(published(p)['source'].startswith('https://') for p in figures)
     assert not published('radam') and not published('radam-schedule-free')
 
-def test_bf16_does_not_change_what_a_run_is(monkeypatch, images, tmp_path):
+@pytest.fixture
+def official(monkeypatch):
+    "Imagenette has as many images as the folder of `images`"
+    monkeypatch.setitem(imagenette.OFFICIAL, 'imagenette2', (65, 35))
+
+def test_bf16_does_not_change_what_a_run_is(monkeypatch, official, images, tmp_path):
     run = asked(monkeypatch, images, preset='over9000-radam', out=tmp_path, bf16=True)
     assert run.about['published']['mean'] == .7696 and (run.options['bf16'], run.options['fp16']) == (True, False)
 
@@ -147,10 +152,12 @@ def test_bf16_that_is_imitated_is_said(monkeypatch, images, tmp_path):
     monkeypatch.setattr(precision, 'has_bf16', lambda device: False)
     with pytest.warns(UserWarning, match='no instructions for bfloat16'): asked(monkeypatch, images, out=tmp_path, bf16=True)
 
-def test_published_figure_is_only_for_what_was_published(monkeypatch, images, tmp_path):
+def test_published_figure_is_only_for_what_was_published(monkeypatch, official, images, tmp_path):
     def pub(**kw): return asked(monkeypatch, images, preset='over9000-radam', out=tmp_path, **kw).about['published']
     assert pub()['std'] == .0084 and pub(lr=1e-2, channels_last=True, arch='xresnet50')['runs'] == 20
     for kw in dict(lr=1e-3), dict(n_items=60, bs=60), dict(sa=True), dict(woof=True): assert pub(**kw) is None, kw
+    monkeypatch.setitem(imagenette.OFFICIAL, 'imagenette2', (64, 36)) # the same images, divided anew
+    assert pub() is None
 
 @pytest.mark.parametrize('args,hypers', [
     ([], dict(mom=.9, sqr_mom=.99, eps=1e-6, wd=1e-4)),

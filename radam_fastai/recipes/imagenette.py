@@ -48,6 +48,12 @@ from .report import conditions, report as write_report, summary, terminal_table
 # %% ../../nbs/41_recipes.imagenette.ipynb #9f33144a
 OFFICIAL = dict(imagenette2=(9469,3925), imagewoof2=(9025,3929)) # training and validation images
 
+def counts(
+    files:tuple, # Class → files, of training and of validation
+) -> tuple[int, int]: # Number of files of each
+    "How many images there are"
+    return tuple(sum(map(len, part.values())) for part in files)
+
 # %% ../../nbs/41_recipes.imagenette.ipynb #189393c4
 def find_images(
     path:Path=None, # Folder that holds `train` and `val`, or the archives; `None` to download
@@ -59,7 +65,7 @@ def find_images(
     copy = name + ('-160' if size <= 128 else '-320' if size <= 224 else '')
     if path is not None: return find_folder(path, ['train','val'], copy)
     path = download(f'{URLs.S3_IMAGE}{copy}.tgz')
-    n = tuple(sum(map(len, files.values())) for files in split_files(path))
+    n = counts(split_files(path))
     check(n == OFFICIAL[name],
           f'{path} holds {n[0]} training and {n[1]} validation images, not {OFFICIAL[name]}: delete it to download it again')
     return path,f'official {copy}.tgz'
@@ -285,7 +291,9 @@ def main(
     files = split_files(path)
     if s.split == 'v1': files = first_split(*files, sum(OFFICIAL['imagewoof2' if woof else 'imagenette2']))
     check_counts(s, files[0])
-    about = dict(preset=preset, changed=changed, published=published(preset) if not (changed or woof or n_items is not None) else None)
+    theirs = s.split == 'v1' or counts(files) == OFFICIAL['imagenette2'] # the images of the published runs
+    as_published = theirs and not (changed or woof or n_items is not None)
+    about = dict(preset=preset, changed=changed, published=published(preset) if as_published else None)
     runs = get_runs(s, range(seed, seed+runs), files, dict(source=source), about, path, workers, in_memory)
     if plan: return show_plan(runs, out, 'imagenette', engine, anew)
     records = run_job(runs, check_out(out), 'imagenette', resume, keep, anew=anew, engine=engine)

@@ -72,4 +72,5 @@ def warn_slow_bf16(
 ):
     "Say once if `device` has to imitate bfloat16"
     if not has_bf16(device):
-        warnings.warn(f'this {device} has no instructions for bfloat16: training goes on, but slower than in single precision')
+        warnings.warn(f'this {device} has no instructions for bfloat16 and imitates it, many times slower than single precision; '
+                      '--bf16 0 turns it off')
