@@ -18,7 +18,7 @@ from PIL import Image
 
 from helpers import ended, forked, short_header, tar
 from radam_fastai.recipes import data, imagenette, in_memory
-from radam_fastai.recipes.cli import RecipeError
+from radam_fastai.recipes.cli import OptionError, RecipeError
 from radam_fastai.recipes.data import balanced, check_sum, digest, split_files, unpack
 from radam_fastai.recipes.records import read_records
 
@@ -47,10 +47,11 @@ def test_each_archive_is_unpacked(images, tmp_path, monkeypatch):
         folder.mkdir(exist_ok=True)
         with tarfile.open(folder/f'imagenette2-160-{part}.tgz', 'w:gz') as t: t.add(images/'val', f'imagenette2-160/{part}')
     for folder in (a := tmp_path/'a'), (b := tmp_path/'b'): pack(folder, 'train')
+    with pytest.raises(OptionError, match='holds no val; it should hold train and val, or archives of imagenette2-160'):
+        imagenette.find_images(a, 128)
+    for folder in a, b: pack(folder, 'val')
     one,other = (imagenette.find_images(folder, 128)[0] for folder in (a, b))
-    assert one != other and not (one/'val').exists()
-    pack(a, 'val')
-    assert (imagenette.find_images(a, 128)[0]/'val').exists()
+    assert one != other and (one/'val').exists()
 
 def test_a_folder_has_a_name(images, monkeypatch):
     monkeypatch.chdir(images)

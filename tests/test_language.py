@@ -107,7 +107,7 @@ def test_archive(folder, tmp_path, monkeypatch):
     assert about['digest'] == find_text(folder)[2]['digest']
 
 @pytest.mark.parametrize('name', ['train.txt', 'valid.txt'])
-@pytest.mark.parametrize('damage,says', [(None,'holds no file {}; it should hold train.txt and valid.txt'), (b' \n \n','{} is empty'),
+@pytest.mark.parametrize('damage,says', [(None,'holds no {}; it should hold train.txt and valid.txt'), (b' \n \n','{} is empty'),
                                          (b'\xff\xfea\n','{} is not text in UTF-8')])
 def test_missing_or_damaged_file_is_named(folder, name, damage, says):
     (folder/name).unlink()

@@ -260,7 +260,7 @@ def test_imagenette_refuses(cli, no_training, images, tmp_path, args):
 def test_folders_are_checked(cli, no_training, images, tmp_path):
     def refused(path, about, *args): refuses(cli('imagenette', '--path', path, '--out', tmp_path/'out', *args), 'imagenette', about)
     refused(tmp_path/'nowhere', f"{tmp_path/'nowhere'}: no such folder")
-    refused(images/'train', f"looked for {images/'train'/'train'}")
+    refused(images/'train', "holds no train and no val; it should hold train and val, or archives of imagenette2-160")
     for split in 'train','val':
         for c in range(10 if split=='train' else 9):
             d = tmp_path/'nine'/split/str(c)

@@ -68,8 +68,8 @@ def read_tokens(
     path:Path, # Folder
     name:str, # Name of a text file in it
 ) -> list: # Tokens
-    "The tokens of a file; an `OptionError` if it is missing, empty or not text"
-    check((path/name).is_file(), f'--path {path}: holds no file {name}; it should hold train.txt and valid.txt, or wikitext-2-small.tgz')
+    "The tokens of a file; an `OptionError` if it is empty or not text"
+    check((path/name).is_file(), f'--path {path}: {name} is not a file')
     try: tokens = (path/name).read_text(encoding='utf-8').replace('\n', f' {EOS} ').split()
     except UnicodeDecodeError as e: check(False, f'--path {path}: {name} is not text in UTF-8 ({e})')
     check(set(tokens) - {EOS}, f'--path {path}: {name} is empty')

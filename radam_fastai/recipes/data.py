@@ -106,12 +106,16 @@ def find_folder(
     holds:list, # Names of what the data consists of
     name:str, # Of the folder in the archives
 ) -> tuple[Path, str]: # Folder of the data; where it is from, for the record
-    "Where the data is, unpacked if need be; an `OptionError` if there is no folder `path`"
+    "Where the data is, unpacked if need be; an `OptionError` says what is missing"
     path = expanded('path', path)
-    check(os.path.isdir(path), f"--path {path}: no such folder; it should hold {' and '.join(holds)}, or archives of {name}")
+    wanted = f"it should hold {' and '.join(holds)}, or archives of {name}"
+    check(os.path.isdir(path), f'--path {path}: no such folder; {wanted}')
     path = Path(os.path.abspath(path)) # `.` has no name
     found = None if (path/holds[0]).exists() else from_archives(path, name)
-    return (found, f'archives {name} in a folder') if found else (path, 'a folder')
+    folder,source = (found, f'archives {name} in a folder') if found else (path, 'a folder')
+    missing = [h for h in holds if not (folder/h).exists()]
+    check(not missing, f"--path {path}: holds no {' and no '.join(missing)}; {wanted}")
+    return folder,source
 
 # %% ../../nbs/37_recipes.data.ipynb #149d81d1
 def download(
